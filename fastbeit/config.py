@@ -10,11 +10,16 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from fastbeit.errors import USAGE, RunError
+
 MAX_YAML_BYTES = 1 << 20  # a config is a page; what is larger is a mistake or an attack on the parser
 
 
-class ConfigError(ValueError):
-    """The configuration cannot be run; the message says what was wanted, what was found and what to do."""
+class ConfigError(RunError):
+    """The configuration cannot be run."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, USAGE)
 
 
 def _pair(value: Any) -> Any:
@@ -35,21 +40,32 @@ class Section(BaseModel):
 class DataConfig(Section):
     """What images there are and how each becomes two views (section 2.5; facts of the authors' transform)."""
 
-    index: str = Field("", description="index of the training images, made by `fastbeit index`")
-    val_index: str = Field("", description="index of held-out images; empty: no validation")
-    image_size: Size = Field((224, 224), description="patch view, height and width in pixels")
-    crop_scale: tuple[Positive, Positive] = Field((0.08, 1.0), description="share of the image's area that a crop takes")
-    crop_ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="aspect ratio of a crop, width / height")
-    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    jitter: Fraction = Field(0.4, description="brightness, contrast and saturation are scaled by 1 +- this")
-    mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="subtracted from pixels in [0, 1]")
-    std: tuple[Positive, Positive, Positive] = Field((0.5, 0.5, 0.5), description="pixels in [0, 1] are divided by it")
-    views: int = Field(0, ge=0, description="K > 0: only K different crops an image, view = epoch mod K; 0: ever new ones")
-    tail: Literal["drop", "wrap"] = Field(
-        "drop", description="images that do not fill a batch at the end of an epoch: drop them, or wrap into the next"
+    index: str = Field(default="", description="index of the training images, made by `fastbeit index`")
+    val_index: str = Field(default="", description="index of held-out images; empty: no validation")
+    image_size: Size = Field(default=(224, 224), description="patch view, height and width in pixels")
+    crop_scale: tuple[Positive, Positive] = Field(
+        default=(0.08, 1.0), description="share of the image's area that a crop takes"
     )
-    pipeline: Literal["torch", "dali", "pillow"] = Field("torch", description="who decodes and resizes")
-    num_workers: int = Field(4, ge=0, description="decoding processes a rank; 0: decode in the training process")
+    crop_ratio: tuple[Positive, Positive] = Field(
+        default=(3 / 4, 4 / 3), description="aspect ratio of a crop, width / height"
+    )
+    flip: Fraction = Field(default=0.5, description="probability of a horizontal flip")
+    jitter: Fraction = Field(default=0.4, description="brightness, contrast and saturation are scaled by 1 +- this")
+    mean: tuple[float, float, float] = Field(default=(0.5, 0.5, 0.5), description="subtracted from pixels in [0, 1]")
+    std: tuple[Positive, Positive, Positive] = Field(
+        default=(0.5, 0.5, 0.5), description="pixels in [0, 1] are divided by it"
+    )
+    views: int = Field(
+        default=0, ge=0, description="K > 0: only K different crops an image, view = epoch mod K; 0: ever new ones"
+    )
+    tail: Literal["drop", "wrap"] = Field(
+        default="drop",
+        description="images that do not fill a batch at the end of an epoch: drop them, or wrap into the next",
+    )
+    pipeline: Literal["torch", "dali", "pillow"] = Field(default="torch", description="who decodes and resizes")
+    num_workers: int = Field(
+        default=4, ge=0, description="decoding processes a rank; 0: decode in the training process"
+    )
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> "DataConfig":
@@ -65,33 +81,37 @@ class DataConfig(Section):
 class MaskingConfig(Section):
     """How many patches are masked, and in what blocks (Algorithm 1)."""
 
-    num_masked: Count = Field(75, description="patches masked: at most (blockwise) or exactly (random)")
-    min_block: Count = Field(16, description="smallest block, in patches")
+    num_masked: Count = Field(default=75, description="patches masked: at most (blockwise) or exactly (random)")
+    min_block: Count = Field(default=16, description="smallest block, in patches")
     min_aspect: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.3, description="aspect ratio of a block is log-uniform in [this, 1 / this]"
+        default=0.3, description="aspect ratio of a block is log-uniform in [this, 1 / this]"
     )
 
 
 class TokenizerConfig(Section):
     """Where visual tokens come from (section 2.1)."""
 
-    path: str = Field("", description="directory with dvae.safetensors and dvae.json, made by `fastbeit tokenizer`")
+    path: str = Field(
+        default="", description="directory with dvae.safetensors and dvae.json, made by `fastbeit tokenizer`"
+    )
 
 
 class ModelConfig(Section):
     """The ViT that is pre-trained (section 2.2; Table 12; Appendix A)."""
 
-    width: Count = Field(768, description="features of a token")
-    depth: Count = Field(12, description="blocks")
-    num_heads: Count = Field(12, description="attention heads")
-    mlp_width: Count = Field(3072, description="hidden features of the MLP")
-    patch_size: Size = Field((16, 16), description="patch, height and width in pixels")
+    width: Count = Field(default=768, description="features of a token")
+    depth: Count = Field(default=12, description="blocks")
+    num_heads: Count = Field(default=12, description="attention heads")
+    mlp_width: Count = Field(default=3072, description="hidden features of the MLP")
+    patch_size: Size = Field(default=(16, 16), description="patch, height and width in pixels")
     relative_position: Literal["shared", "per_block", "none"] = Field(
-        "shared", description="relative-position bias: one table for all blocks, one each, or none"
+        default="shared", description="relative-position bias: one table for all blocks, one each, or none"
     )
-    absolute_position: bool = Field(False, description="learned position embedding added to each token")
-    layer_scale: float = Field(0.1, ge=0, description="initial LayerScale: 0.1 for B, 1e-5 for L; 0: none")
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="drop rate of the last block's branches")
+    absolute_position: bool = Field(default=False, description="learned position embedding added to each token")
+    layer_scale: float = Field(default=0.1, ge=0, description="initial LayerScale: 0.1 for B, 1e-5 for L; 0: none")
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="drop rate of the last block's branches"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelConfig":
@@ -104,18 +124,22 @@ class ModelConfig(Section):
 class OptimConfig(Section):
     """AdamW, cosine schedule and clipping (Table 12)."""
 
-    batch_size: Count = Field(2048, description="images a step, over all ranks and micro-batches")
-    accumulate: Count = Field(1, description="micro-batches a step, to fit memory")
-    epochs: int = Field(800, ge=0, description="passes over the images; ignored when steps > 0")
-    steps: int = Field(0, ge=0, description="optimizer steps; 0: epochs decide")
-    lr: float = Field(1.5e-3, ge=0, description="peak learning rate")
-    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end")
-    warmup_epochs: int = Field(10, ge=0, description="epochs of linear warmup from 0; ignored when warmup_steps > 0")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warmup from 0; 0: warmup_epochs decides")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates")
-    eps: Positive = Field(1e-8, description="AdamW's epsilon")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay, constant")
-    clip_grad: float = Field(3.0, ge=0, description="largest norm of the gradient: 3 for B, 1 for L; 0: no clipping")
+    batch_size: Count = Field(default=2048, description="images a step, over all ranks and micro-batches")
+    accumulate: Count = Field(default=1, description="micro-batches a step, to fit memory")
+    epochs: int = Field(default=800, ge=0, description="passes over the images; ignored when steps > 0")
+    steps: int = Field(default=0, ge=0, description="optimizer steps; 0: epochs decide")
+    lr: float = Field(default=1.5e-3, ge=0, description="peak learning rate")
+    min_lr: float = Field(default=1e-5, ge=0, description="learning rate at the end")
+    warmup_epochs: int = Field(
+        default=10, ge=0, description="epochs of linear warmup from 0; ignored when warmup_steps > 0"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warmup from 0; 0: warmup_epochs decides")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="AdamW's decay rates")
+    eps: Positive = Field(default=1e-8, description="AdamW's epsilon")
+    weight_decay: float = Field(default=0.05, ge=0, description="AdamW's decoupled weight decay, constant")
+    clip_grad: float = Field(
+        default=3.0, ge=0, description="largest norm of the gradient: 3 for B, 1 for L; 0: no clipping"
+    )
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> "OptimConfig":
@@ -130,37 +154,41 @@ class EngineConfig(Section):
     """Who runs the step, on how many ranks, in what precision (design D9, D10)."""
 
     name: Literal["auto", "single", "ddp", "deepspeed"] = Field(
-        "auto", description="auto: single on one rank, ddp on several"
+        default="auto", description="auto: single on one rank, ddp on several"
     )
-    zero_stage: Literal[0, 1] = Field(1, description="DeepSpeed ZeRO stage")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when there is one")
+    zero_stage: Literal[1] = Field(default=1, description="DeepSpeed ZeRO stage; 2 and 3 are not wired yet")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda when there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of activations; weights and loss stay fp32; auto: bf16 on cuda, fp32 on the cpu"
+        default="auto", description="of activations; weights and loss stay fp32; auto: bf16 on cuda, fp32 on the cpu"
     )
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: bool = Field(default=False, description="torch.compile the model")
 
 
 class LogConfig(Section):
     """What a run says and keeps."""
 
-    every: Count = Field(10, description="steps between log lines")
-    val_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
-    val_views: Count = Field(1, description="crops an image that validation looks at")
-    save_every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: Count = Field(3, description="checkpoints kept, newest first")
+    every: Count = Field(default=10, description="steps between log lines")
+    val_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
+    val_views: Count = Field(default=1, description="crops an image that validation looks at")
+    save_every: int = Field(default=1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: Count = Field(default=3, description="checkpoints kept, newest first")
 
 
 class Config(Section):
     """One pre-training run."""
 
-    out: str = Field("", description="run directory: config, log, checkpoints; the same again continues the run")
-    seed: int = Field(0, ge=0, lt=2**63, description="every random number of the run comes from it")
-    objective: Literal["tokens", "pixels"] = Field(
-        "tokens", description="predict visual tokens, or regress normalised patch pixels (Table 4)"
+    out: str = Field(
+        default="", description="run directory: config, log, checkpoints; the same again continues the run"
     )
-    mask: Literal["blockwise", "random", "none"] = Field("blockwise", description="which patches are hidden (Table 4)")
-    predict: Literal["masked", "all"] = Field("masked", description="patches that the loss looks at (Table 4)")
-    profile: bool = Field(False, description="write a torch.profiler trace of a few steps to out/profile.json")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run comes from it")
+    objective: Literal["tokens", "pixels"] = Field(
+        default="tokens", description="predict visual tokens, or regress normalised patch pixels (Table 4)"
+    )
+    mask: Literal["blockwise", "random", "none"] = Field(
+        default="blockwise", description="which patches are hidden (Table 4)"
+    )
+    predict: Literal["masked", "all"] = Field(default="masked", description="patches that the loss looks at (Table 4)")
+    profile: bool = Field(default=False, description="write a torch.profiler trace of a few steps to out/profile.json")
     data: DataConfig = DataConfig()
     masking: MaskingConfig = MaskingConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -223,7 +251,7 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ConfigError(f"{key}: '{parent}' is a value, not a section")
-        section[leaf] = _parse_yaml(text, f"value of {key}")
+        section[leaf] = _parse_yaml(text, f"value of {key}") if text else ""
     return check_config(values)
 
 
@@ -267,7 +295,9 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise ConfigError(f"line {self.peek_event().start_mark.line + 1}: YAML aliases (*name) are not read; write it out")
+            raise ConfigError(
+                f"line {self.peek_event().start_mark.line + 1}: YAML aliases (*name) are not read; write it out"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

@@ -1,8 +1,8 @@
 """Every random number of a run, from a counter: order, crop, flip, jitter, masks, drop path (design D1).
 
-Philox4x32-10 (Salmon et al., SC 2011), the generator behind Triton's `tl.rand`: the key is the run's seed, the counter says
-what the number is for. A number is therefore the same on any rank, in any worker, before and after a resume, and a Triton
-kernel draws it with `tl.philox(seed, draw, purpose, epoch, sample)`.
+Philox4x32-10 (Salmon et al., SC 2011), the generator behind Triton's `tl.rand`: the key is the run's seed, the counter
+says what the number is for. A number is therefore the same on any rank, in any worker, before and after a resume, and a
+Triton kernel draws it with `tl.philox(seed, draw, purpose, epoch, sample)`.
 """
 
 from enum import IntEnum
@@ -35,7 +35,9 @@ def philox(seed: int, draw, purpose, epoch, sample) -> np.ndarray:
     Returns:
         [..., 4] uint64 array of values below 2**32, equal to `tl.philox(seed, draw, purpose, epoch, sample)`.
     """
-    words = np.broadcast_arrays(*(np.asarray(word).astype(np.uint64) & MASK32 for word in (draw, purpose, epoch, sample)))
+    words = np.broadcast_arrays(
+        *(np.asarray(word).astype(np.uint64) & MASK32 for word in (draw, purpose, epoch, sample))
+    )
     c0, c1, c2, c3 = words
     key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in range(10):
@@ -65,3 +67,110 @@ def uniform(seed: int, purpose: Purpose, epoch, sample, num_draws: int, first_dr
     draw = np.arange(first_draw // 4, (first_draw + num_draws + 3) // 4)
     words = philox(seed, draw, int(purpose), epoch[:, None], sample[:, None])  # [n, draws, 4]
     return words.reshape(len(sample), -1)[:, :num_draws] * 2.0**-32
+
+
+# the six orders of the three operations; names of the operations in `JITTER_OPS`
+JITTER_ORDERS = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+JITTER_OPS = "brightness", "contrast", "saturation"
+CROP_TRIES = 10
+KEYS_AT_ONCE = 1 << 20  # bounds the memory of an epoch's order: a key is 8 bytes, its making some 100
+
+
+def view_of(epoch, views: int):
+    """The view that crops, flips and jitters of an epoch are keyed by: ever new ones, or one of `views` > 0 in turn."""
+    return epoch % views if views else epoch
+
+
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """The permutation of the images in an epoch, [num_images] int64: images sorted by a 64-bit key each."""
+    keys = np.empty(num_images, np.uint64)
+    for start in range(0, num_images, KEYS_AT_ONCE):
+        words = philox(seed, 0, Purpose.ORDER, epoch, np.arange(start, min(start + KEYS_AT_ONCE, num_images)))
+        keys[start : start + len(words)] = words[:, 0] << np.uint64(32) | words[:, 1]
+    # two equal keys are one in 2**64 / num_images**2; stable, so that even they have one order everywhere
+    return np.argsort(keys, kind="stable")
+
+
+def draw_crops(
+    seed: int,
+    view,  # [n]
+    sample,  # [n]
+    height,  # [n] of the images, in pixels
+    width,  # [n]
+    crop_scale: tuple[float, float],
+    crop_ratio: tuple[float, float],
+) -> np.ndarray:
+    """Random-resized-crop boxes, by the official rule (torchvision's `RandomResizedCrop.get_params`).
+
+    Ten tries at a box whose share of the area is uniform in `crop_scale` and whose width / height is log-uniform in
+    `crop_ratio`; when none fits, the largest box in the middle with a ratio in range. Try k takes the four words of
+    draw k: area, ratio, top, left.
+
+    Returns:
+        [n, 4] int64: top, left, height, width, at least 1 x 1 and inside the image.
+    """
+    height, width = np.asarray(height, np.float64), np.asarray(width, np.float64)
+    draws = uniform(seed, Purpose.CROP, view, sample, 4 * CROP_TRIES).reshape(-1, CROP_TRIES, 4)
+    area = (height * width)[:, None] * _between(crop_scale, draws[..., 0])
+    ratio = np.exp(_between(np.log(crop_ratio), draws[..., 1]))
+    # np.rint rounds halves to even, as Python's round
+    tried_width, tried_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))  # [n, tries]
+    fits: np.ndarray = (
+        (tried_width > 0) & (tried_width <= width[:, None]) & (tried_height > 0) & (tried_height <= height[:, None])
+    )
+    rows, first = np.arange(len(fits)), fits.argmax(axis=1)
+    box_height, box_width = tried_height[rows, first], tried_width[rows, first]
+    top = np.floor(draws[rows, first, 2] * (height - box_height + 1))
+    left = np.floor(draws[rows, first, 3] * (width - box_width + 1))
+    drawn = np.stack([top, left, box_height, box_width], axis=1)
+    found = fits[rows, first][:, None]
+    return np.where(found, drawn, _central_boxes(height, width, crop_ratio)).astype(np.int64)
+
+
+def draw_flips(seed: int, view, sample, probability: float) -> np.ndarray:
+    """Whether each sample's crop is mirrored, [n] bool. The box is drawn in the unmirrored image: equal in distribution
+    to the official mirror-then-crop, since boxes are as likely as their mirror images."""
+    return uniform(seed, Purpose.FLIP, view, sample, 1)[:, 0] < probability
+
+
+def draw_jitters(seed: int, view, sample, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """Colour jitter, by the official rule (torchvision's `ColorJitter` without hue).
+
+    Returns:
+        order: [n, 3] int64, a random order of the operations, numbered as in `JITTER_OPS`.
+        factors: [n, 3] float64, the factor of each operation, uniform in [max(0, 1 - strength), 1 + strength].
+    """
+    draws = uniform(seed, Purpose.JITTER, view, sample, 4)
+    order = JITTER_ORDERS[(draws[:, 3] * len(JITTER_ORDERS)).astype(np.int64)]
+    return order, _between((max(0.0, 1 - strength), 1 + strength), draws[:, :3])
+
+
+def drop_path_keep(seed: int, step: int, sample, rates) -> np.ndarray:
+    """What each residual branch is multiplied by (stochastic depth, 1603.09382).
+
+    Args:
+        sample: [n] indices of the samples.
+        rates: [L] drop rate of each block, in [0, 1).
+
+    Returns:
+        [L, 2, n] float32, 0 with probability `rate`, else 1 / (1 - rate); attention branch first, then MLP.
+    """
+    rates = np.asarray(rates, np.float64)
+    draw = np.arange(2 * len(rates))[:, None]
+    words = philox(seed, draw, Purpose.DROP_PATH, step, np.asarray(sample)[None, :])[..., 0]  # [2 L, n]
+    rates = rates[:, None, None]
+    kept = words.reshape(len(rates), 2, -1) * 2.0**-32 >= rates
+    return (kept / (1 - rates)).astype(np.float32)
+
+
+def _between(bounds, draws: np.ndarray) -> np.ndarray:
+    low, high = bounds
+    return low + (high - low) * draws
+
+
+def _central_boxes(height: np.ndarray, width: np.ndarray, crop_ratio: tuple[float, float]) -> np.ndarray:
+    """[n, 4] largest boxes in the middle whose width / height is in range, at least 1 x 1."""
+    low, high = crop_ratio
+    box_height = np.minimum(height, np.maximum(1, np.rint(width / low)))
+    box_width = np.minimum(width, np.maximum(1, np.rint(height * high)))
+    return np.stack([(height - box_height) // 2, (width - box_width) // 2, box_height, box_width], axis=1)

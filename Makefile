@@ -1,0 +1,38 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both make the environment first, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# oracles of the tests and photos of the demo, whose own dependencies are heavy and not needed
+NO_DEPS := dall-e==0.1 sporco==0.2.2.post1
+
+.PHONY: env demo test test-long check format clean
+
+env: $(VENV)/.made
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastbeit wants Python 3.10 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gpu,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(NO_DEPS)
+	touch $@
+
+demo: env
+	$(BIN)/fastbeit demo --out runs/demo $(if $(DATA),--data '$(DATA)')
+
+test: env
+	$(BIN)/python -m pytest -m 'not long'
+
+test-long: env
+	$(BIN)/python -m pytest -m long
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache

@@ -1,0 +1,117 @@
+"""The command `fastbeit`: one verb a job, no logic."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fastbeit import __version__
+from fastbeit.errors import DONE, USAGE, RunError
+
+HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
+
+  fastbeit demo [--data DIR]                       photos to pictures of what was learnt, in minutes, on a CPU
+  fastbeit index DIR -o images.idx                 list the images of a folder
+  fastbeit tokenizer train --data images.idx -o DIR
+                                                   train a dVAE of your own on them
+  fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues
+  fastbeit report RUN                              pictures and the HTML page of a run
+
+`fastbeit VERB --help` says more; `fastbeit --version` prints the version. On several GPUs:
+  deepspeed --module fastbeit pretrain CONFIG [key=value ...]     or     torchrun --nproc-per-node 8 -m fastbeit pretrain ...
+
+Exit codes: 0 done, 2 usage or config, 65 too many bad images, 66 data missing, 73 and 74 cannot write, 75 stopped and saved
+(run the same command again), 78 no usable checkpoint, 1 anything else."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    while args and args[0].startswith("--local_rank"):
+        # the deepspeed launcher puts it before the verb; ranks are read from the environment
+        args.pop(0)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return DONE if args else USAGE
+    if args[0] == "--version":
+        print(__version__)
+        return DONE
+    verb, *rest = args
+    if verb not in VERBS:
+        print(f"fastbeit: no verb '{verb}'; there are {', '.join(VERBS)}", file=sys.stderr)
+        return USAGE
+    try:
+        return VERBS[verb](rest)
+    except RunError as err:
+        lines = str(err).splitlines()
+        print("\n".join(f"fastbeit {verb}: {line}" for line in lines), file=sys.stderr)
+        return err.exit_code
+    except KeyboardInterrupt:
+        print(f"fastbeit {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _pretrain(args: list[str]) -> int:
+    from fastbeit.config import load_config
+
+    if not args or {"-h", "--help"} & set(args):
+        return _explain_config([arg for arg in args if arg not in ("-h", "--help")])
+    config = load_config(args[0], _overrides(args[1:]))
+
+    from fastbeit.pretrain import pretrain
+
+    return pretrain(config, command=["fastbeit", "pretrain", *args])
+
+
+def _explain_config(args: list[str]) -> int:
+    """Every field with its default, or with the value that CONFIG gives it."""
+    import tyro
+
+    from fastbeit.config import Config, check_config, load_config
+
+    print(
+        "fastbeit pretrain CONFIG [key=value ...]\n\nThe keys, for example optim.lr=1e-3 data.image_size=[224,224]:\n"
+    )
+    default = load_config(args[0], _overrides(args[1:])) if args else check_config({})
+    tyro.cli(
+        tyro.conf.FlagConversionOff[Config],
+        args=["--help"],
+        prog="fastbeit pretrain CONFIG",
+        default=default,
+        use_underscores=True,
+    )
+    return DONE
+
+
+def _overrides(args: list[str]) -> list[str]:
+    """`key=value` as it is; `--key=value` and `--key value` as the same."""
+    found, rest = [], list(args)
+    while rest:
+        arg = rest.pop(0)
+        key = arg.removeprefix("--")
+        if arg.startswith("--") and "=" not in arg and rest:
+            key = f"{key}={rest.pop(0)}"
+        found.append(key)
+    return found
+
+
+def _index(args: list[str]) -> int:
+    parser = _parser(
+        "index", "List the images of a folder: path, size, class; what is no image is said with its reason."
+    )
+    parser.add_argument("source", type=Path, help="folder of images, flat or with class folders, any depth")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="index file to write")
+    options = parser.parse_args(args)
+
+    from fastbeit.data.index import build_index
+
+    summary = build_index(options.source, options.output)
+    print(summary)
+    return DONE
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(f"fastbeit {verb}", description=description)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"index": _index, "pretrain": _pretrain}

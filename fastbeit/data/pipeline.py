@@ -1,0 +1,156 @@
+"""Batches of two views in uint8, by one of three pipelines (design D1, D4).
+
+torch: simplejpeg and torch's antialiased resize. dali: NVIDIA DALI. pillow: as the authors, slow, the reference.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastbeit.config import ConfigError, DataConfig
+from fastbeit.data.decode import decode, decode_reference
+from fastbeit.data.index import DataError, Index
+from fastbeit.data.plans import Batch, Plans, bad_limit, steps_per_epoch
+from fastbeit.data.views import Size, pillow_views, torch_views
+from fastbeit.errors import DATA_LIMIT
+
+PIPELINES = {"torch": (decode, torch_views), "pillow": (decode_reference, pillow_views)}
+
+
+def make_loader(
+    data: DataConfig,
+    index: Index,
+    *,
+    token_size: Size | None,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    first_step: int,
+    num_steps: int,
+) -> Iterable[Batch]:
+    """The batches of steps `first_step` to `num_steps` - 1 for one rank.
+
+    Args:
+        token_size: height and width of the token view, None for none.
+        batch_size: images a step over all ranks; rank r gets the r-th contiguous slice.
+
+    Raises:
+        ConfigError: at once, when the images do not fill a batch or the ranks do not divide it.
+        DataError: while iterating: the folder is gone or no image is valid (66), too many bad ones (65).
+    """
+    steps_per_epoch(len(index), batch_size, data.tail)
+    if batch_size % world_size:
+        raise ConfigError(f"optim.batch_size {batch_size} is not a multiple of the {world_size} ranks")
+    plans = Plans(data, index, batch_size, seed, rank, world_size)
+    steps = range(first_step, num_steps)
+    if data.pipeline == "dali":
+        try:
+            from fastbeit.data.dali import dali_batches
+        except ModuleNotFoundError as err:
+            raise ConfigError(
+                f"data.pipeline=dali: {err}; pip install 'fastbeit[gpu]', or data.pipeline=torch"
+            ) from None
+        return dali_batches(plans, token_size, steps)
+    return _cpu_batches(CpuBatches(plans, token_size), steps, data.num_workers)
+
+
+class CpuBatches(Dataset):
+    """The batch of each step, by the torch or the Pillow pipeline."""
+
+    def __init__(self, plans: Plans, token_size: Size | None) -> None:
+        self.plans = plans
+        self.token_size = token_size
+        self.decode, self.views = PIPELINES[plans.data.pipeline]
+
+    def __getitem__(self, step: int) -> Batch:
+        drawn = self.plans.draw(step)
+        sizes = [self.plans.data.image_size] + ([self.token_size] if self.token_size else [])
+        outputs = [np.empty((len(drawn.sample), *size, 3), np.uint8) for size in sizes]
+        for row, image in enumerate(self.plans.load(drawn, self.decode)):
+            views = self.views(image, drawn.plans[row], self.plans.data.image_size, self.token_size)
+            for output, view in zip(outputs, views, strict=True):
+                output[row] = view
+        images, *token_images = (torch.from_numpy(output) for output in outputs)
+        return drawn.batch(images, *(token_images or [None]))
+
+
+class _Answer(Dataset):
+    """Hands a `DataError` over as a value: an exception would reach the training process as the text of a traceback."""
+
+    def __init__(self, batches: CpuBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Batch | DataError:
+        try:
+            return self.batches[step]
+        except DataError as err:
+            return err
+
+
+def _cpu_batches(batches: CpuBatches, steps: range, num_workers: int) -> Iterator[Batch]:
+    # more processes than cores would only take turns
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_workers = min(num_workers, cores)
+    loader = DataLoader(
+        _Answer(batches),
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        worker_init_fn=_begin_worker,
+        prefetch_factor=2 if num_workers else None,
+    )
+    for answer in loader:
+        if isinstance(answer, DataError):
+            raise answer
+        yield answer
+
+
+def _begin_worker(worker: int) -> None:
+    # Ctrl-C reaches every process; the training process decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class BadSamples:
+    """The list of bad images in a run's directory; stops the run when it grows too long."""
+
+    def __init__(self, path: Path, num_images: int) -> None:
+        self._path, self._limit = path, bad_limit(num_images)
+        self._seen: set[int] = set()
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
+            try:
+                self._seen.add(json.loads(line)["sample"])
+            except ValueError:
+                # the line that an interruption cut short; the image will be met again
+                continue
+        if text and not text.endswith("\n"):
+            path.write_text(text + "\n")
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(self, bad: list[tuple[int, str]]) -> None:
+        """List those not yet listed.
+
+        Raises:
+            DataError: more than `bad_limit` images are bad (exit code 65).
+        """
+        for sample, reason in bad:
+            if sample in self._seen:
+                continue
+            self._seen.add(sample)
+            with self._path.open("a") as file:
+                file.write(json.dumps({"sample": sample, "reason": reason}) + "\n")
+        if len(self._seen) > self._limit:
+            raise DataError(
+                f"{len(self._seen)} bad images, more than the {self._limit} that a run puts up with (100, or 1 % of "
+                f"the data if that is more), listed in '{self._path}'; repair or remove them and make the index again",
+                DATA_LIMIT,
+            )

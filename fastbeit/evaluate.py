@@ -1,0 +1,97 @@
+"""What a model knows of images that it was not trained on: loss and accuracy, and what they are worth.
+
+The yardstick is the unigram baseline: the cross-entropy of the images' tokens under the histogram of the training tokens,
+which is what a model scores that sees nothing.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastbeit.config import Config
+from fastbeit.data.index import Index
+from fastbeit.data.pipeline import Batch, make_loader
+from fastbeit.engine import World
+from fastbeit.masking import UNUSED, draw_masks, plan_prediction
+from fastbeit.model.beit import Beit
+from fastbeit.tokenizer.dvae import Tokenizer
+
+MAX_BATCH = 256  # images a rank looks at together
+SMOOTHING = 0.5  # added to each word's count, so that an unseen word costs much but not everything
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over all predicted patches of some images."""
+
+    loss: float  # nats (tokens), or squared error (pixels)
+    accuracy: float  # share of patches whose visual token is the most likely one; 0 for pixels
+    num_predicted: int
+    histogram: Tensor  # [V] int64: how often each word stands in all patches of the images; empty for pixels
+
+    @property
+    def words_in_use(self) -> int:
+        return int((self.histogram > 0).sum())
+
+
+def evaluation_batches(
+    config: Config, index: Index, world: World, num_views: int, token_size: tuple[int, int] | None
+) -> Iterator[Batch]:
+    """Each image in `num_views` crops; the last batch is filled with crops of one more view."""
+    per_rank = min(MAX_BATCH, math.ceil(len(index) / world.size))
+    batch_size = per_rank * world.size
+    # another seed than the run's: crops and masks that training never saw, even of training images
+    return iter(
+        make_loader(
+            config.data.model_copy(update={"tail": "wrap", "views": 0, "num_workers": 0}),
+            index,
+            token_size=token_size,
+            batch_size=batch_size,
+            seed=config.seed + 1,
+            rank=world.rank,
+            world_size=world.size,
+            first_step=0,
+            num_steps=math.ceil(len(index) * num_views / batch_size),
+        )
+    )
+
+
+def visual_tokens(tokenizer: Tokenizer | None, batch: Batch, device: torch.device) -> Tensor | None:
+    """[B, N] int64: what is to be predicted of a batch; None for pixels, which need no tokenizer."""
+    if tokenizer is None or batch.token_images is None:
+        return None
+    return tokenizer.encode(batch.token_images.to(device, non_blocking=True))
+
+
+@torch.no_grad()
+def evaluate(
+    config: Config, model: Beit, tokenizer: Tokenizer | None, index: Index, world: World, num_views: int
+) -> Evaluation:
+    """Loss and accuracy on crops of `index`; all ranks must call it. Drop path is off."""
+    token_size = tokenizer.view_size(config.grid) if tokenizer else None
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    histogram = torch.zeros(tokenizer.vocab_size if tokenizer else 0, dtype=torch.int64, device=world.device)
+    num_predicted = 0
+    for batch in evaluation_batches(config, index, world, num_views, token_size):
+        masks = draw_masks(
+            config.mask, config.masking, config.grid, config.seed + 1, batch.epoch.numpy(), batch.sample.numpy()
+        )
+        tokens = visual_tokens(tokenizer, batch, world.device)
+        plan = plan_prediction(masks.to(world.device), config.num_patches, config.predict, tokens)
+        loss_sum, num_correct = model(batch.images.to(world.device), plan.masked, plan.predict_idx, plan.labels)
+        sums += torch.stack([loss_sum.double(), num_correct.double()])
+        num_predicted += int((plan.labels != UNUSED).sum())
+        if tokens is not None:
+            histogram += torch.bincount(tokens.flatten(), minlength=len(histogram))
+    totals = world.sum([*sums.tolist(), num_predicted, *histogram.tolist()])
+    loss, correct, count, *words = totals
+    return Evaluation(loss / max(count, 1), correct / max(count, 1), int(count), torch.tensor(words).long())
+
+
+def unigram_baseline(training: Tensor, held_out: Tensor) -> float:
+    """Cross-entropy in nats of the words of one histogram [V] under the smoothed frequencies of another."""
+    probability = (training + SMOOTHING) / (training + SMOOTHING).sum()
+    return float(-(held_out * probability.log()).sum() / held_out.sum())

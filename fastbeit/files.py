@@ -1,0 +1,35 @@
+"""Files that are whole or not there, and their hashes."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def aside(path: Path) -> Path:
+    """Where to write what `put_in_place` then renames to `path`."""
+    return path.with_name(f".{path.name}.part")
+
+
+def put_in_place(path: Path) -> None:
+    """Rename the finished `aside(path)` to `path`: a reader sees the old file or the new one."""
+    # without the sync a power cut can leave the new name on an empty file
+    sync(aside(path))
+    os.replace(aside(path), path)

@@ -1,0 +1,97 @@
+"""BEiT: the encoder sees a masked image and predicts what was there (sections 2.3 and 2.4; equation 1)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from fastbeit_kernels.cross_entropy import cross_entropy
+from torch import Tensor, nn
+
+from fastbeit.config import Config, ModelConfig
+from fastbeit.masking import UNUSED
+from fastbeit.model.vit import NORM_EPS, Size, VisionTransformer, take
+
+
+class Beit(VisionTransformer):
+    """The model that is pre-trained; state dict as the authors' (190 entries for BEiT-B)."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        image_size: Size,
+        num_outputs: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        objective: Literal["tokens", "pixels"] = "tokens",
+    ) -> None:
+        """
+        Args:
+            num_outputs: V visual words; for pixels the values of a patch, 3 * height * width.
+            mean, std: of a channel, for pixels in [0, 1].
+            objective: what `forward` gives the loss of.
+        """
+        super().__init__(model, image_size=image_size, mean=mean, std=std)
+        num_values = 3 * model.patch_size[0] * model.patch_size[1]
+        if objective == "pixels" and num_outputs != num_values:
+            raise ValueError(
+                f"num_outputs of the pixel objective is {num_values}, the values of a patch; got {num_outputs}"
+            )
+        self.objective = objective
+        self.mask_token = nn.Parameter(torch.empty(1, 1, model.width))
+        self.norm = nn.LayerNorm(model.width, eps=NORM_EPS)
+        self.lm_head = nn.Linear(model.width, num_outputs)
+        self.initialise()
+
+    def forward(
+        self, images: Tensor, masked: Tensor, predict_idx: Tensor, targets: Tensor, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, summed over predicted patches, so that its mean can be taken over ranks and micro-batches.
+
+        tokens: cross-entropy. pixels: mean squared error over a patch's pixels, normalised as the encoder sees them
+        (Table 4).
+
+        Args:
+            images: [B, height, width, 3] uint8.
+            masked: [B, N] bool, patches that the encoder does not see.
+            predict_idx: [B, M] int64, patches to predict, distinct in an image.
+            targets: [B, M] int64, their visual tokens; `UNUSED` in slots that the loss leaves out. For pixels any other
+                value means a slot in use: what is regressed is read from `images`.
+            keep: [L, 2, B] float32 drop-path factors of (block, branch, image); None: nothing is dropped.
+
+        Returns:
+            (float32 sum over the slots in use, int64 number of right tokens; 0 for pixels).
+        """
+        outputs = self.logits(images, masked, predict_idx, keep)
+        if self.objective == "tokens":
+            one = torch.ones((), device=outputs.device)
+            return cross_entropy(outputs.flatten(0, 1), targets.flatten(), one)
+        pixels = take(self.patch_embed.normalise(images), predict_idx)
+        errors = (outputs.float() - pixels).square().mean(2)
+        loss_sum = torch.where(targets != UNUSED, errors, 0.0).sum()
+        return loss_sum, torch.zeros((), dtype=torch.int64, device=images.device)
+
+    def logits(
+        self, images: Tensor, masked: Tensor, predict_idx: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """[B, M, num_outputs]: predictions for the patches `predict_idx`, None: for all N. The rest as in `forward`."""
+        # chosen, not blended: what a masked patch holds cannot leak, not even as NaN
+        x = torch.where(masked[:, :, None], self.mask_token, self.patch_embed(images))
+        if predict_idx is None:
+            x = self.encode(x, keep)[:, 1:]
+        else:
+            x = self.encode(x, keep, slots=predict_idx + 1)  # the cls token is token 0
+        return self.lm_head(self.norm(x))
+
+
+def make_beit(config: Config, vocab_size: int | None) -> Beit:
+    """The model of a run, with the authors' start; `vocab_size` is of no use to the pixel objective."""
+    height, width = config.model.patch_size
+    return Beit(
+        config.model,
+        image_size=config.data.image_size,
+        num_outputs=3 * height * width if vocab_size is None else vocab_size,
+        mean=config.data.mean,
+        std=config.data.std,
+        objective=config.objective,
+    )

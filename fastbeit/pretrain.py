@@ -1,0 +1,247 @@
+"""Pre-training, top to bottom:
+
+index -> two views -> visual tokens -> blockwise mask -> masked embedding -> encoder -> masked head -> loss -> AdamW
+"""
+
+import contextlib
+import platform
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastbeit
+from fastbeit.checkpoint import find_checkpoint, load_model, load_optimizer, load_state, save_checkpoint
+from fastbeit.config import Config, ConfigError
+from fastbeit.data.index import open_index
+from fastbeit.data.pipeline import BadSamples, make_loader, steps_per_epoch
+from fastbeit.data.sampling import drop_path_keep
+from fastbeit.engine import World, make_engine, start_world
+from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, DONE, PREEMPTED, RunError
+from fastbeit.evaluate import evaluate, visual_tokens
+from fastbeit.masking import draw_masks, plan_prediction
+from fastbeit.meter import Meter
+from fastbeit.model.beit import Beit, make_beit
+from fastbeit.optim import learning_rate, make_optimizer, set_learning_rate
+from fastbeit.rundir import RunLog, Stop, claim
+from fastbeit.tokenizer.weights import load_tokenizer
+
+MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run is stopped
+
+
+def pretrain(config: Config, command: list[str]) -> int:
+    """Train until `optim.steps` or `optim.epochs` are done, or go on with a run that was interrupted.
+
+    Args:
+        command: what the user typed, said again where the run stops early.
+
+    Returns:
+        The exit code: done, or stopped and saved.
+
+    Raises:
+        RunError: bad config, data or checkpoint; the message says what to do.
+    """
+    _check_paths(config)
+    world = start_world(config.engine)
+    _check_batch(config, world)
+    with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
+        world.barrier()
+        return _train(config, world, stop, command)
+
+
+def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
+    out, optim, device = Path(config.out), config.optim, world.device
+    index = open_index(Path(config.data.index))
+    val_index = open_index(Path(config.data.val_index)) if config.data.val_index else None
+    tokenizer = load_tokenizer(Path(config.tokenizer.path), device) if config.objective == "tokens" else None
+    token_size = tokenizer.view_size(config.grid) if tokenizer else None
+    epoch_steps = steps_per_epoch(len(index), optim.batch_size, config.data.tail)
+    num_steps = optim.steps or optim.epochs * epoch_steps
+    num_warmup = min(optim.warmup_steps or optim.warmup_epochs * epoch_steps, num_steps)
+
+    # resume order:
+    # 1. the newest checkpoint that verifies, made from the same images and tokenizer
+    # 2. weights, before the engine takes its share of them
+    # 3. moments, which the engine spreads over its ranks
+    # 4. the step: order, crops, masks, drop path and learning rate are functions of it
+    origin = {"index": index.fingerprint, "tokenizer": tokenizer.fingerprint if tokenizer else None}
+    found, problems = find_checkpoint(out / "checkpoints")
+    first_step = _resumed_step(found, origin) if found else 0
+    torch.manual_seed(config.seed)
+    model = make_beit(config, vocab_size=tokenizer.vocab_size if tokenizer else None)
+    if found:
+        model.load_state_dict(load_model(found))
+    model.to(device)
+    optimizer = make_optimizer(model, optim)
+    engine = make_engine(config, model, optimizer, world)
+    if found:
+        engine.load_optimizer_state(load_optimizer(found))
+
+    meter = Meter(world, optim.batch_size)
+    bad_samples = BadSamples(out / "bad_samples.jsonl", len(index))
+    batches = make_loader(
+        config.data,
+        index,
+        token_size=token_size,
+        batch_size=optim.batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        first_step=first_step,
+        num_steps=num_steps,
+    )
+
+    def save(step: int) -> Path:
+        moments = engine.optimizer_state()
+        state = {**origin, "config": config.model_dump(mode="json"), "versions": _versions()}
+        if world.rank == 0:
+            save_checkpoint(out / "checkpoints", step, model.state_dict(), moments, state, config.log.keep)
+        world.barrier()
+        return out / "checkpoints" / f"step-{step:06d}"
+
+    drop_rates = [config.model.drop_path * i / max(1, config.model.depth - 1) for i in range(config.model.depth)]
+    done = first_step
+    with (
+        RunLog(out if world.rank == 0 else None, first_step, num_steps) as log,
+        _profiler(config, out, world) as profiler,
+    ):
+        _greet(log, config, world, model, len(index), problems)
+        waiting_since = time.perf_counter()
+        for step, batch in enumerate(batches, first_step):
+            meter.waited(time.perf_counter() - waiting_since)
+
+            # ---- one step -------------------------------------------------------------------------------------------
+            images = batch.images.to(device, non_blocking=True)
+            tokens = visual_tokens(tokenizer, batch, device)
+            sample, epoch = batch.sample.numpy(), batch.epoch.numpy()
+            masks = draw_masks(config.mask, config.masking, config.grid, config.seed, epoch, sample)
+            plan = plan_prediction(masks.to(device), config.num_patches, config.predict, tokens)
+            keep = torch.from_numpy(drop_path_keep(config.seed, step, sample, drop_rates)).to(device)  # [L, 2, B]
+            num_labels = config.num_patches * len(images) if config.predict == "all" else int(masks.num_masked.sum())
+            count, stopping, saving, num_bad = world.sum([num_labels, stop.wanted, stop.save_wanted, len(batch.bad)])
+            lr = learning_rate(step, num_steps, num_warmup, optim)
+            set_learning_rate(optimizer, lr)
+            for rows in _micro_batches(len(images), optim.accumulate):
+                inputs = images[rows], plan.masked[rows], plan.predict_idx[rows], plan.labels[rows], keep[..., rows]
+                meter.add(*engine.accumulate(inputs, max(count, 1), is_last=rows.stop == len(images)))
+            meter.end_step(count, grad_norm=engine.step())
+            # ---------------------------------------------------------------------------------------------------------
+
+            done = step + 1
+            log.advance()
+            if profiler:
+                profiler.step()
+            if num_bad:
+                bad_images = world.gather(batch.bad)
+                if world.rank == 0:
+                    bad_samples.add(bad_images)
+
+            # once in a while: say how it goes
+            if done % config.log.every == 0 or done in (first_step + 1, num_steps) or stopping:
+                figures = meter.read()
+                place = {"step": done, "epoch": step / epoch_steps, "lr": lr}
+                log.write({**place, **figures, "bad_samples": len(bad_samples)})
+                log.show(done, figures)
+                _stop_if_lost(figures, done, lr, found)
+
+            # once in a while: look at held-out images
+            if val_index and (done == num_steps or (config.log.val_every and done % config.log.val_every == 0)):
+                held_out = evaluate(config, model, tokenizer, val_index, world, config.log.val_views)
+                log.write({"step": done, "event": "validation", "loss": held_out.loss, "accuracy": held_out.accuracy})
+                log.say(f"step {done}  held-out loss {held_out.loss:.4f}  masked accuracy {held_out.accuracy:.4f}")
+
+            # once in a while: save
+            if stopping or saving or done == num_steps or (config.log.save_every and done % config.log.save_every == 0):
+                stop.save_wanted = False
+                found = save(done)
+            if stopping and done < num_steps:
+                log.say(f"stopped at step {done} of {num_steps}, saved; to go on: {shlex.join(command)}")
+                break
+            waiting_since = time.perf_counter()
+
+    if world.rank == 0:
+        print(f"checkpoint: {found}")
+    return DONE if done == num_steps else PREEMPTED
+
+
+def _check_paths(config: Config) -> None:
+    """What a run cannot do without is said before anything is started."""
+    wanted = {"out": config.out, "data.index": config.data.index}
+    if config.objective == "tokens":
+        wanted["tokenizer.path"] = config.tokenizer.path
+    for key, value in wanted.items():
+        if not value:
+            raise ConfigError(f"{key} is not set; add {key}=PATH")
+    for key, value in {**wanted, "data.val_index": config.data.val_index}.items():
+        if key != "out" and value and not Path(value).exists():
+            hint = "fastbeit tokenizer train --data INDEX -o" if "tokenizer" in key else "fastbeit index DIR -o"
+            raise RunError(f"{key}: '{value}' does not exist; make it with `{hint} {value}`", DATA_MISSING)
+
+
+def _check_batch(config: Config, world: World) -> None:
+    parts = world.size * config.optim.accumulate
+    if config.optim.batch_size % parts:
+        fit = max(1, round(config.optim.batch_size / parts)) * parts
+        raise ConfigError(
+            f"optim.batch_size {config.optim.batch_size} does not divide into {world.size} ranks x "
+            f"{config.optim.accumulate} micro-batches; try {fit}"
+        )
+
+
+def _resumed_step(checkpoint: Path, origin: dict[str, Any]) -> int:
+    state = load_state(checkpoint)
+    for name, fingerprint in origin.items():
+        if state[name] != fingerprint:
+            raise RunError(
+                f"'{checkpoint}' was made with another {name} (fingerprint {state[name]}, now {fingerprint}); "
+                f"go back to that {name}, or choose another out",
+                CHECKPOINT_UNUSABLE,
+            )
+    return state["step"]
+
+
+def _micro_batches(num_images: int, accumulate: int) -> list[slice]:
+    size = num_images // accumulate
+    return [slice(start, start + size) for start in range(0, num_images, size)]
+
+
+@contextlib.contextmanager
+def _profiler(config: Config, out: Path, world: World):
+    """Traces steps 3 to 5 of this start, when asked to; gives the profiler to step, or None."""
+    if not config.profile or world.rank:
+        yield None
+        return
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(out / "profile.json")),
+    ) as profiler:
+        yield profiler
+
+
+def _greet(log: RunLog, config: Config, world: World, model: Beit, num_images: int, problems: list[str]) -> None:
+    for problem in problems:
+        log.say(f"checkpoint passed over: {problem}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    log.say(
+        f"{num_images:,} images, {parameters:,} parameters, {world.size} rank(s) on {world.device.type}, "
+        f"steps {log.first_step} to {log.num_steps}, out {config.out}"
+    )
+    if config.data.views:
+        log.say(
+            f"data.views={config.data.views}: only so many crops an image; the official recipe draws new ones (views=0)"
+        )
+
+
+def _stop_if_lost(figures: dict[str, float], step: int, lr: float, found: Path | None) -> None:
+    if figures["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
+        raise RunError(
+            f"loss or gradient was not finite in the last {figures['skipped_in_a_row']} steps up to step {step} "
+            f"(learning rate {lr:.2e}); no update was made from them. Lower optim.lr or optim.clip_grad, or warm up longer, "
+            f"in another out; last checkpoint: {found or 'none'}"
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {"fastbeit": fastbeit.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,237 @@
+"""The DALL-E discrete VAE: images to visual tokens and back (section 2.1; arXiv 2102.12092, appendix A).
+
+Modules and parameters carry the names of OpenAI's release, so that a state dict of either loads into the other, at any
+width and vocabulary.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastbeit.config import Count, Section
+
+Kernels = tuple[int, int, int, int]
+NamedModule = tuple[str, nn.Module]
+LOGIT_LAPLACE_EPS = 0.1  # keeps mapped pixels away from 0 and 1, where the logit is infinite (A.3)
+
+
+class Architecture(Section):
+    """Size of an encoder and its decoder; the defaults are those of OpenAI's release (A.2)."""
+
+    n_hid: int = Field(
+        default=256, ge=4, multiple_of=4, description="channels at full resolution; each group doubles them"
+    )
+    n_init: Count = Field(default=128, description="channels of a word's embedding in the decoder")
+    vocab_size: Count = Field(default=8192, description="visual words")
+    group_count: Count = Field(default=4, description="resolutions, each half of the one before")
+    n_blk_per_group: Count = Field(default=2, description="residual blocks a resolution")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a token, down and across."""
+        return 2 ** (self.group_count - 1)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each group, from the finest resolution to the coarsest."""
+        return [self.n_hid * 2**group for group in range(self.group_count)]
+
+    @property
+    def post_gain(self) -> float:
+        """Scale of each residual branch, in place of normalisation layers (A.2)."""
+        return 1 / (self.group_count * self.n_blk_per_group) ** 2
+
+
+def map_pixels(pixels: Tensor) -> Tensor:
+    """[0, 1] to [eps, 1 - eps]."""
+    return (1 - 2 * LOGIT_LAPLACE_EPS) * pixels + LOGIT_LAPLACE_EPS
+
+
+def unmap_pixels(pixels: Tensor) -> Tensor:
+    """The inverse of `map_pixels`, clamped to [0, 1]."""
+    return ((pixels - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)).clamp(0, 1)
+
+
+class Conv2d(nn.Module):
+    def __init__(self, n_in: int, n_out: int, kernel: int):
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(n_out, n_in, kernel, kernel))
+        self.b = nn.Parameter(torch.zeros(n_out))
+        nn.init.normal_(self.w, std=(n_in * kernel**2) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class Block(nn.Module):
+    def __init__(self, n_in: int, n_out: int, kernels: Kernels, post_gain: float):
+        super().__init__()
+        widths = [n_in, n_out // 4, n_out // 4, n_out // 4, n_out]
+        layers: list[NamedModule] = []
+        for i, kernel in enumerate(kernels):
+            layers += [(f"relu_{i + 1}", nn.ReLU()), (f"conv_{i + 1}", Conv2d(widths[i], widths[i + 1], kernel))]
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.res_path = _sequence(layers)
+        self.post_gain = post_gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.post_gain * self.res_path(x)
+
+
+def _sequence(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _groups(arch: Architecture, n_in: int, widths: list[int], kernels: Kernels, resample: str) -> Iterator[NamedModule]:
+    """Groups of blocks, with a change of resolution between one and the next."""
+    for group, width in enumerate(widths):
+        n_ins = [n_in] + [width] * (arch.n_blk_per_group - 1)
+        layers: list[NamedModule] = [
+            (f"block_{block + 1}", Block(n_in, width, kernels, arch.post_gain)) for block, n_in in enumerate(n_ins)
+        ]
+        if group < len(widths) - 1:
+            change = nn.MaxPool2d(2) if resample == "pool" else nn.Upsample(scale_factor=2, mode="nearest")
+            layers.append((resample, change))
+        yield f"group_{group + 1}", _sequence(layers)
+        n_in = width
+
+
+class Encoder(nn.Module):
+    """Mapped pixels [B, 3, h, w] to logits over the words [B, V, h / stride, w / stride]."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.arch = arch
+        self.blocks = _sequence(
+            [
+                ("input", Conv2d(3, arch.n_hid, 7)),
+                *_groups(arch, arch.n_hid, arch.widths, (3, 3, 3, 1), "pool"),
+                ("output", _sequence([("relu", nn.ReLU()), ("conv", Conv2d(arch.widths[-1], arch.vocab_size, 1))])),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class Decoder(nn.Module):
+    """One-hot or soft words [B, V, h, w] to location and log-scale of each pixel [B, 6, h * stride, w * stride]."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.arch = arch
+        self.blocks = _sequence(
+            [
+                ("input", Conv2d(arch.vocab_size, arch.n_init, 1)),
+                *_groups(arch, arch.n_init, arch.widths[::-1], (1, 3, 3, 3), "upsample"),
+                ("output", _sequence([("relu", nn.ReLU()), ("conv", Conv2d(arch.n_hid, 6, 1))])),
+            ]
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.blocks(z)
+
+
+def to_mapped(images: Tensor) -> Tensor:
+    """Images uint8 [B, h, w, 3] as an encoder wants them: float32 [B, 3, h, w], mapped."""
+    return map_pixels(images.permute(0, 3, 1, 2).float() / 255)
+
+
+def one_hot(ids: Tensor, vocab_size: int) -> Tensor:
+    """Word ids int64 [B, h, w] as a decoder wants them: float32 [B, V, h, w]."""
+    shape = ids.shape[0], vocab_size, *ids.shape[1:]
+    return torch.zeros(shape, device=ids.device).scatter_(1, ids[:, None], 1.0)
+
+
+def to_images(stats: Tensor) -> Tensor:
+    """A decoder's output [B, 6, h, w] as images uint8 [B, h, w, 3]."""
+    pixels = unmap_pixels(torch.sigmoid(stats[:, :3].float()))
+    return (pixels * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+class Tokenizer(Protocol):
+    """What gives an image its visual tokens; frozen. Other tokenizers than the dVAE follow this too."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same tokens: what a cache of tokens is checked against."""
+        ...
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens down and across for a token view of this height and width."""
+        ...
+
+    def view_size(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the token view that gives so many tokens down and across."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 [B, h, w, 3] to int64 [B, N], row by row."""
+        ...
+
+    def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """int64 [B, N] to uint8 [B, h, w, 3]; without `grid` the tokens form a square."""
+        ...
+
+
+class DiscreteVAE:
+    """A frozen `Tokenizer`; `weights.load_tokenizer` makes one.
+
+    Not an `nn.Module`, so that it never ends up among the weights of the model that uses it.
+
+    Args:
+        encoder: on the device where tokens are wanted.
+        read_decoder: called once, when the first tokens are decoded: pre-training never needs the decoder.
+        fingerprint: identifies the weights.
+    """
+
+    def __init__(self, encoder: Encoder, read_decoder: Callable[[], Decoder], fingerprint: str):
+        self.arch, self.fingerprint = encoder.arch, fingerprint
+        self.vocab_size, self.stride = encoder.arch.vocab_size, encoder.arch.stride
+        self.device = next(encoder.parameters()).device
+        self._encoder, self._read_decoder = encoder.requires_grad_(False).eval(), read_decoder
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return self._read_decoder().requires_grad_(False).eval()
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = size
+        if height % self.stride or width % self.stride or min(size) < self.stride:
+            fit = [max(1, round(side / self.stride)) * self.stride for side in size]
+            raise ValueError(
+                f"token view wants sides that are multiples of {self.stride}; got {height}x{width}; try {fit}"
+            )
+        return height // self.stride, width // self.stride
+
+    def view_size(self, grid: tuple[int, int]) -> tuple[int, int]:
+        return grid[0] * self.stride, grid[1] * self.stride
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images want uint8 [B, h, w, 3]; got {images.dtype} {list(images.shape)}")
+        self.grid((images.shape[1], images.shape[2]))
+        return self._encoder(to_mapped(images.to(self.device))).argmax(1).flatten(1)
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        side = int(ids.shape[1] ** 0.5)
+        height, width = grid or (side, side)
+        if height * width != ids.shape[1]:
+            raise ValueError(
+                f"{ids.shape[1]} tokens do not fill a {height}x{width} grid; pass the tokenizer's grid(size)"
+            )
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise ValueError(f"ids want 0 to {self.vocab_size - 1}; got {int(ids.min())} to {int(ids.max())}")
+        words = one_hot(ids.to(self.device).unflatten(1, (height, width)), self.vocab_size)
+        return to_images(self._decoder(words))

@@ -1,0 +1,56 @@
+"""Which implementation of an op runs: its Triton kernels or its reference in plain PyTorch."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+
+import torch
+
+Backend = Literal["auto", "triton", "reference"]
+HAS_TRITON = find_spec("triton") is not None
+
+
+class _NoTriton:
+    """Stands in for `triton` and `triton.language`, so that a kernel file can be imported where they do not exist."""
+
+    constexpr = int  # kernels are annotated with it
+
+    def jit(self, kernel: Any) -> "_NoTriton":
+        return self
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ModuleNotFoundError("the Triton kernels of fastbeit need triton; on Linux: pip install 'triton>=3.5'")
+
+    __getitem__ = __getattr__  # kernel[grid]
+
+
+if TYPE_CHECKING:
+    import triton.language as tl
+    from triton import knobs
+
+    triton: Any  # its types refuse an int for a `tl.constexpr`
+elif HAS_TRITON:
+    import triton
+    import triton.language as tl
+    from triton import knobs
+else:
+    triton = tl = knobs = _NoTriton()
+# asked once, as Triton does when it decorates a kernel: changing the variable later does nothing
+INTERPRETED: bool = HAS_TRITON and knobs.runtime.interpret
+
+
+def uses_triton(backend: Backend, device: torch.device) -> bool:
+    """Whether an op on `device` runs its Triton kernels; "auto": on CUDA.
+
+    Raises:
+        ValueError: there is no such backend, or no Triton for such a device.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend wants one of {', '.join(get_args(Backend))}; got {backend!r}")
+    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+        return False
+    if HAS_TRITON and device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f'backend "triton" wants tensors on cuda; got {device.type}: move them there, take backend "auto", '
+            "or, to debug, set TRITON_INTERPRET=1 before anything imports triton"
+        )
+    return True

@@ -1,0 +1,275 @@
+"""Cross-entropy over the visual words, with its gradient, in one pass over the logits.
+
+    loss = sum_r (log sum_v exp(logits[r, v]) - logits[r, labels[r]]) / count      over the rows with labels[r] != -100
+    grad_logits[r, v] = (softmax(logits[r])[v] - (v == labels[r])) * grad_loss / count              0 in the other rows
+
+The loss of masked image modelling: arXiv 2106.08254, section 2.3. Traffic at R rows, V words, b bytes a logit: forward
+2*R*V*b (reads logits, writes the gradient before its factor; R*V*b when no gradient is wanted), backward 2*R*V*b.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastbeit_kernels.backend import Backend, tl, triton, uses_triton
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IGNORE_INDEX = -100  # as in torch.nn.functional.cross_entropy: the label of an unused mask slot
+MAX_BLOCK = 8192  # values a program holds in registers: a row of the dVAE's vocabulary
+BLOCK_PER_WARP = 1024  # 32 values a thread: 4 accesses of 128 bits in bf16, 8 in fp32
+
+
+def cross_entropy_reference(logits: Tensor, labels: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The definition in plain PyTorch; arguments as in `cross_entropy`, float64 too."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss / _divisor(labels, count), (logits.argmax(-1) == labels).sum()
+
+
+def _divisor(labels: Tensor, count: Tensor | None) -> Tensor:
+    """`count` as a float32 scalar of at least 1: no labelled row means loss 0, not NaN."""
+    return ((labels != IGNORE_INDEX).sum() if count is None else count).clamp_min(1).float()
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    logits_ptr,  # [R, V]
+    labels_ptr,  # [R] int64
+    row_loss_ptr,  # [R] float32
+    row_correct_ptr,  # [R] int32
+    residual_ptr,  # [R, V]: softmax - one-hot, the gradient before its factor
+    V,
+    IGNORE_INDEX: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # >= V: a program owns a whole row
+):
+    pid_r = tl.program_id(0).to(tl.int64)
+    logits_ptr += pid_r * V
+    residual_ptr += pid_r * V
+    offs_v = tl.arange(0, BLOCK_V)
+    mask_v = offs_v < V
+    label = tl.load(labels_ptr + pid_r)
+    if label == IGNORE_INDEX:
+        tl.store(row_loss_ptr + pid_r, 0.0)
+        tl.store(row_correct_ptr + pid_r, 0)
+        if WITH_GRAD:
+            tl.store(residual_ptr + offs_v, tl.zeros([BLOCK_V], residual_ptr.dtype.element_ty), mask=mask_v)
+    else:
+        tl.device_assert((label >= 0) & (label < V), "cross_entropy: a label is neither a word nor the ignore index")
+        word = label.to(tl.int32)  # comparisons with an int64 would double their registers
+        label_logit = tl.load(logits_ptr + word).to(tl.float32)
+        logits = tl.load(logits_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+        # correct: no word scores more, and no earlier one as much; needs no argmax, hence no pairs to reduce
+        better = (logits > label_logit) | ((logits == label_logit) & (offs_v < word))
+        row_max = tl.max(logits, axis=0)
+        exps = tl.exp(logits - row_max)
+        row_sum = tl.sum(exps, axis=0)
+        tl.store(row_loss_ptr + pid_r, tl.log(row_sum) + (row_max - label_logit))
+        tl.store(row_correct_ptr + pid_r, tl.where(tl.sum(better.to(tl.int32), axis=0) == 0, 1, 0))
+        if WITH_GRAD:
+            residual = exps / row_sum - tl.where(offs_v == word, 1.0, 0.0)
+            tl.store(residual_ptr + offs_v, residual.to(residual_ptr.dtype.element_ty), mask=mask_v)
+
+
+@triton.jit
+def _cross_entropy_fwd_loop_kernel(
+    logits_ptr,  # [R, V]
+    labels_ptr,  # [R] int64
+    row_loss_ptr,  # [R] float32
+    row_correct_ptr,  # [R] int32
+    residual_ptr,  # [R, V]
+    V,
+    IGNORE_INDEX: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    pid_r = tl.program_id(0).to(tl.int64)
+    logits_ptr += pid_r * V
+    residual_ptr += pid_r * V
+    label = tl.load(labels_ptr + pid_r)
+    if label == IGNORE_INDEX:
+        tl.store(row_loss_ptr + pid_r, 0.0)
+        tl.store(row_correct_ptr + pid_r, 0)
+        if WITH_GRAD:
+            for start in range(0, V, BLOCK_V):
+                offs_v = start + tl.arange(0, BLOCK_V)
+                tl.store(residual_ptr + offs_v, tl.zeros([BLOCK_V], residual_ptr.dtype.element_ty), mask=offs_v < V)
+    else:
+        tl.device_assert((label >= 0) & (label < V), "cross_entropy: a label is neither a word nor the ignore index")
+        word = label.to(tl.int32)  # comparisons with an int64 would double their registers
+        label_logit = tl.load(logits_ptr + word).to(tl.float32)
+        # online softmax, arXiv 1805.02867; starts from a value of the row: from -inf, a block of -inf would give NaN
+        row_max = label_logit
+        row_sum = 0.0
+        num_better = 0
+        for start in range(0, V, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            logits = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
+            better = (logits > label_logit) | ((logits == label_logit) & (offs_v < word))
+            new_max = tl.maximum(row_max, tl.max(logits, axis=0))
+            row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(logits - new_max), axis=0)
+            row_max = new_max
+            num_better += tl.sum(better.to(tl.int32), axis=0)
+        tl.store(row_loss_ptr + pid_r, tl.log(row_sum) + (row_max - label_logit))
+        tl.store(row_correct_ptr + pid_r, tl.where(num_better == 0, 1, 0))
+        if WITH_GRAD:
+            for start in range(0, V, BLOCK_V):
+                offs_v = start + tl.arange(0, BLOCK_V)
+                # the second read of the row: 128 KB at 65,536 words in bf16, which the L2 still holds
+                logits = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
+                residual = tl.exp(logits - row_max) / row_sum - tl.where(offs_v == word, 1.0, 0.0)
+                tl.store(residual_ptr + offs_v, residual.to(residual_ptr.dtype.element_ty), mask=offs_v < V)
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    grad_loss_ptr,  # [] float32
+    count_ptr,  # [] float32
+    residual_ptr,  # [N]: [R, V] flattened, so that a ragged V does not narrow the accesses
+    grad_logits_ptr,  # [N]
+    N,
+    BLOCK_N: tl.constexpr,
+):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    scale = tl.load(grad_loss_ptr) / tl.load(count_ptr)
+    residual = tl.load(residual_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(grad_logits_ptr + offs_n, (residual * scale).to(grad_logits_ptr.dtype.element_ty), mask=mask_n)
+
+
+def launch_options(block: int) -> dict[str, int | bool]:
+    """How a kernel whose programs hold `block` values is launched."""
+    # device assertions, without the checks for integer overflow that Triton's debug mode would add to each sum
+    return {"num_warps": max(1, block // BLOCK_PER_WARP), "debug": True, "sanitize_overflow": False}
+
+
+@torch.library.custom_op("fastbeit::cross_entropy_fwd", mutates_args=())
+def _forward(logits: Tensor, labels: Tensor, count: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives the loss, the number of correct rows and the residual; without `with_grad` the residual is empty."""
+    R, V = logits.shape
+    row_loss = torch.empty(R, device=logits.device, dtype=torch.float32)
+    row_correct = torch.empty(R, device=logits.device, dtype=torch.int32)
+    residual = torch.empty_like(logits) if with_grad else logits.new_empty(0)
+    block = min(triton.next_power_of_2(V), MAX_BLOCK)
+    kernel = _cross_entropy_fwd_kernel if V <= block else _cross_entropy_fwd_loop_kernel
+    kernel[(R,)](
+        logits_ptr=logits,
+        labels_ptr=labels,
+        row_loss_ptr=row_loss,
+        row_correct_ptr=row_correct,
+        residual_ptr=residual,
+        V=V,
+        IGNORE_INDEX=IGNORE_INDEX,
+        WITH_GRAD=with_grad,
+        BLOCK_V=block,
+        **launch_options(block),
+    )
+    return row_loss.sum() / count, row_correct.sum(), residual
+
+
+@_forward.register_fake
+def _(logits: Tensor, labels: Tensor, count: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    residual = torch.empty_like(logits) if with_grad else logits.new_empty(0)
+    return logits.new_empty((), dtype=torch.float32), labels.new_empty(()), residual
+
+
+@torch.library.custom_op("fastbeit::cross_entropy_bwd", mutates_args=())
+def _backward(grad_loss: Tensor, count: Tensor, residual: Tensor) -> Tensor:
+    grad_logits = torch.empty_like(residual)
+    N = residual.numel()
+    _cross_entropy_bwd_kernel[(triton.cdiv(N, MAX_BLOCK),)](
+        grad_loss_ptr=grad_loss,
+        count_ptr=count,
+        residual_ptr=residual,
+        grad_logits_ptr=grad_logits,
+        N=N,
+        BLOCK_N=MAX_BLOCK,
+        **launch_options(MAX_BLOCK),
+    )
+    return grad_logits
+
+
+@_backward.register_fake
+def _(grad_loss: Tensor, count: Tensor, residual: Tensor) -> Tensor:
+    return torch.empty_like(residual)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, _, residual = output
+    ctx.save_for_backward(inputs[2], residual)
+    ctx.mark_non_differentiable(residual)
+    ctx.set_materialize_grads(False)  # else autograd fills a [R, V] of zeros as the gradient of the residual
+
+
+def _autograd(ctx, grad_loss: Tensor, *_) -> tuple[Tensor, None, None, None]:
+    count, residual = ctx.saved_tensors
+    return _backward(grad_loss, count, residual), None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# the arithmetic on each logit; FlopCounterMode itself counts matrix products alone
+@register_flop_formula(torch.ops.fastbeit.cross_entropy_fwd)
+def _forward_flops(logits_shape, labels_shape, count_shape, with_grad: bool, **_) -> int:
+    R, V = logits_shape
+    return R * V * (5 if with_grad else 3)  # less the maximum, exp, sum; over the sum, less the one-hot
+
+
+@register_flop_formula(torch.ops.fastbeit.cross_entropy_bwd)
+def _backward_flops(grad_loss_shape, count_shape, residual_shape, **_) -> int:
+    R, V = residual_shape
+    return R * V
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, count: Tensor | None = None, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Give the cross-entropy of the labelled rows, summed and divided by `count`, and how many of them are right.
+
+    Args:
+        logits: [R, V], contiguous, float32, bfloat16 or float16. Only they get a gradient, in their dtype.
+        labels: [R] int64, contiguous. A word in [0, V), or -100: not labelled, counts for nothing, gradient 0.
+        count: scalar, at least 1; the number of labelled rows in `logits` when None. Give the number over all ranks
+            and micro-batches for the mean over a global batch, or 1 for the sum.
+        backend: "triton", "reference" (plain PyTorch), or "auto": "triton" on CUDA, else "reference".
+
+    Returns:
+        loss, scalar float32, and the number of labelled rows whose highest logit is the label's, scalar int64; among
+        equal logits the lowest word counts as the highest. No labelled row (or no row): 0 and 0, and gradient 0.
+        Sums and statistics are float32 and the same to the bit on each run; nothing waits for the device.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout is wrong.
+        IndexError: a label of the reference is out of range, by name; Triton: a device-side assertion.
+    """
+    _check(logits, labels, count)
+    if not uses_triton(backend, logits.device):
+        return cross_entropy_reference(logits, labels, count)
+    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    loss, num_correct, _ = _forward(logits, labels, _divisor(labels, count), with_grad)
+    return loss, num_correct
+
+
+def _check(logits: Tensor, labels: Tensor, count: Tensor | None) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] == 0:
+        got = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        raise ValueError(
+            f"cross_entropy wants logits [R, V] and labels [R], V > 0; got {got}: flatten images and slots to R"
+        )
+    if logits.dtype not in DTYPES or labels.dtype != torch.int64:
+        got = f"{logits.dtype} and {labels.dtype}"
+        raise ValueError(f"cross_entropy wants logits {', '.join(map(str, DTYPES))} and labels torch.int64; got {got}")
+    if not (logits.is_contiguous() and labels.is_contiguous()):
+        got = f"{logits.stride()} and {labels.stride()}"
+        raise ValueError(
+            f"cross_entropy wants contiguous logits and labels; got strides {got}: "
+            "call .contiguous() where the layout changed"
+        )
+    scalars = () if count is None else (count,)
+    if any(t.device != logits.device for t in (labels, *scalars)) or any(t.ndim for t in scalars):
+        got = [f"{tuple(t.shape)} on {t.device}" for t in (logits, labels, *scalars)]
+        raise ValueError(
+            f"cross_entropy wants labels and a scalar count on the device of the logits; got {', '.join(got)}"
+        )

@@ -1,0 +1,77 @@
+"""Several ranks, through the real launchers: what they compute is what one process computes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastbeit.checkpoint import load_model, load_optimizer, resolve_checkpoint
+from tiny import make_parts, write_config
+
+DEEPSPEED = "deepspeed", "--num_gpus", "2", "--module", "fastbeit"
+TORCHRUN = "torchrun", "--nproc-per-node", "2", "-m", "fastbeit"
+SINGLE = sys.executable, "-m", "fastbeit"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    config = write_config(folder / "tiny.yaml")
+    parts = [f"{key}={value}" for key, value in make_parts(folder).items()]
+
+    def run(out: str, launcher: tuple[str, ...], *overrides: str) -> Path:
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MASTER_PORT": "29611"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        command = [*launcher, "pretrain", str(config), *parts, f"out={folder / out}", *overrides]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return folder / out
+
+    return run
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "event" not in line]
+
+
+@pytest.fixture(scope="module")
+def single(run) -> Path:
+    return run("single", SINGLE, "optim.steps=10", "log.save_every=5")
+
+
+@pytest.mark.parametrize(
+    "launcher, overrides",
+    [
+        pytest.param(DEEPSPEED, ["engine.name=deepspeed"], id="zero1"),
+        pytest.param(TORCHRUN, ["engine.name=ddp", "optim.accumulate=2"], id="ddp-accumulate"),
+    ],
+)
+def test_two_ranks_train_as_one(run, single, launcher, overrides, tmp_path):
+    """Loss of each of 10 steps, then a resume in the middle, then the weights and moments at the end."""
+    name = launcher[0]
+    out = run(name, launcher, "optim.steps=10", "log.save_every=5", *overrides)
+    # fp32 sums in another order over 10 steps of AdamW at a large learning rate
+    assert losses(out) == pytest.approx(losses(single), abs=1e-4)
+    whole = resolve_checkpoint(out)
+    (out / "checkpoints" / "step-000010").rename(tmp_path / "step-000010")
+    resumed = run(name, launcher, "optim.steps=10", "log.save_every=5", *overrides)
+    assert losses(resumed) == pytest.approx(losses(single), abs=1e-4)
+    for load in (load_model, load_optimizer):
+        # the same ranks and the same order of sums: the same bits
+        torch.testing.assert_close(load(resolve_checkpoint(out)), load(tmp_path / whole.name), rtol=0, atol=0)
+        torch.testing.assert_close(load(resolve_checkpoint(out)), load(resolve_checkpoint(single)), rtol=0, atol=1e-3)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_in_one(run, single):
+    """What DeepSpeed saved, one process takes up: whole tensors by name, whatever the engine."""
+    out = run("handover", DEEPSPEED, "engine.name=deepspeed", "optim.steps=10", "log.save_every=5")
+    checkpoints = out / "checkpoints"
+    for path in (checkpoints / "step-000010").iterdir():
+        path.unlink()
+    (checkpoints / "step-000010").rmdir()
+    run("handover", SINGLE, "optim.steps=10", "log.save_every=5")
+    assert losses(out) == pytest.approx(losses(single), abs=1e-4)

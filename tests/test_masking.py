@@ -1,0 +1,180 @@
+"""Masks: the authors' generator to the random number, and the fast form equal to it on our random stream."""
+
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastbeit import masking
+from fastbeit.config import MaskingConfig
+from fastbeit.data.sampling import Purpose, uniform
+from fastbeit.masking import UNUSED, Masks, blockwise_mask, draw_masks, plan_prediction
+
+GRID = 14, 14
+
+
+def settings(**fields: Any) -> MaskingConfig:
+    return MaskingConfig(**fields)
+
+
+OFFICIAL = settings()
+
+
+def digest(masks) -> str:
+    return hashlib.sha256(np.asarray(masks, dtype=np.uint8).tobytes()).hexdigest()[:16]
+
+
+def as_bool(masks: Masks, num_patches: int) -> np.ndarray:
+    return plan_prediction(masks, num_patches, "masked").masked.numpy()
+
+
+class CountedStream:
+    """`random.Random`'s two methods on our stream: four numbers an attempt, the last two unused where nothing fits."""
+
+    def __init__(self, seed: int, epoch: int, sample: int) -> None:
+        self.numbers = uniform(seed, Purpose.MASK, epoch, sample, 4096)[0]
+        self.place = 0
+
+    def _next(self) -> float:
+        self.place += 1
+        return self.numbers[self.place - 1]
+
+    def uniform(self, low: float, high: float) -> float:
+        if self.place % 4 == 2:
+            self.place += 2
+        return low + (high - low) * self._next()
+
+    def randint(self, low: int, high: int) -> int:
+        return low + int(self._next() * (high - low + 1))
+
+
+def test_blockwise_mask_is_the_authors():
+    """Recorded from `MaskingGenerator(14, num_masking_patches=75)` under `random.seed(0)`."""
+    rng = random.Random(0)
+    masks = [blockwise_mask(rng, GRID, 75, 16, 0.3) for _ in range(1000)]
+    assert [int(mask.sum()) for mask in masks[:3]] == [75, 75, 75]
+    assert [int(np.flatnonzero(mask).sum()) for mask in masks[:3]] == [8499, 7610, 6975]
+    assert [digest(mask) for mask in masks[:3]] == ["48478dbc4aef3d67", "a814fdde57014fa2", "d473cf91af32b469"]
+    assert digest(masks) == "a2e2be5b4154020e"
+    assert np.sum(masks) / 1000 == 74.515
+
+
+# the official window; one that is not square; one where few blocks fit; one where none does; blocks down to a row;
+# a budget below the smallest block, whose bounds are then in reverse
+@pytest.mark.parametrize(
+    "grid, config",
+    [
+        (GRID, OFFICIAL),
+        ((7, 20), settings(num_masked=56)),
+        ((4, 4), settings(num_masked=6)),
+        ((2, 2), settings(num_masked=2)),
+        ((1, 9), settings(num_masked=3, min_block=1)),
+        ((24, 10), settings(num_masked=96, min_block=1, min_aspect=0.05)),
+        (GRID, settings(num_masked=4)),
+    ],
+    ids=str,
+)
+def test_fast_masks_are_blockwise_masks(grid, config):
+    seed, num_patches = 2**40 + 7, grid[0] * grid[1]
+    epoch, sample = np.repeat([0, 3], 50), np.tile(np.arange(100, 150), 2)
+    masks = as_bool(draw_masks("blockwise", config, grid, seed, epoch, sample), num_patches)
+    rule = config.num_masked, config.min_block, config.min_aspect
+    one_by_one = [blockwise_mask(CountedStream(seed, e, s), grid, *rule) for e, s in zip(epoch, sample, strict=True)]
+    np.testing.assert_array_equal(masks, np.reshape(one_by_one, (100, num_patches)))
+
+
+def test_statistics_are_the_authors():
+    """Bands around 100,000 masks of the authors' generator, two standard errors of 20,000 masks or more."""
+    masks = draw_masks("blockwise", OFFICIAL, GRID, 0, np.repeat(np.arange(4), 5000), np.tile(np.arange(5000), 4))
+    counts = masks.num_masked.double()
+    assert counts.mean() == pytest.approx(74.469, abs=0.05)
+    assert counts.std() == pytest.approx(0.989, abs=0.05)
+    assert counts.min() >= 60 and counts.max() == 75
+    assert (counts == 75).double().mean() == pytest.approx(0.664, abs=0.01)
+    share = as_bool(masks, 196).mean(0).reshape(GRID)
+    for corner in (share[0, 0], share[0, -1], share[-1, 0], share[-1, -1]):
+        assert corner == pytest.approx(0.041, abs=0.003)
+    assert share[6:8, 6:8].mean() == pytest.approx(0.715, abs=0.005)
+    assert share[0, 6:8].mean() == pytest.approx(0.191, abs=0.005)
+    images = as_bool(masks, 196).reshape(-1, *GRID)
+    together = (images[:, :, 1:] & images[:, :, :-1]).sum() / images[:, :, :-1].sum()
+    assert together == pytest.approx(0.862, abs=0.005)
+
+
+def test_number_of_blocks(monkeypatch):
+    draw, num_blocks = masking._draw_block, []
+    monkeypatch.setattr(masking, "_draw_block", lambda *args: num_blocks.append(1) or draw(*args))
+    rng = random.Random(1)
+    masks = [blockwise_mask(rng, GRID, 75, 16, 0.3) for _ in range(4000)]
+    in_vain = sum(mask.sum() < 75 for mask in masks)
+    assert (len(num_blocks) - in_vain) / 4000 == pytest.approx(4.12, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", ["blockwise", "random"])
+def test_slots(kind):
+    masks = draw_masks(kind, OFFICIAL, GRID, 5, 2, np.arange(300))
+    assert masks.masked_idx.shape == (300, 75) and masks.masked_idx.dtype == masks.num_masked.dtype == torch.int64
+    for slots, num_masked in zip(masks.masked_idx.tolist(), masks.num_masked.tolist(), strict=True):
+        assert len(set(slots)) == 75 and 0 <= min(slots) and max(slots) < 196
+        assert slots[:num_masked] == sorted(slots[:num_masked])
+    assert (as_bool(masks, 196).sum(1) == masks.num_masked.numpy()).all()
+
+
+def test_random_masks():
+    masks = draw_masks("random", OFFICIAL, GRID, 0, 0, np.arange(20_000))
+    assert (masks.num_masked == 75).all()
+    share = as_bool(masks, 196).mean(0)
+    assert np.abs(share - 75 / 196).max() < 0.016  # 4.5 standard errors for the worst of 196 patches
+
+
+def test_no_mask():
+    masks = draw_masks("none", OFFICIAL, GRID, 0, 0, np.arange(3))
+    assert masks.masked_idx.shape == (3, 0) and masks.num_masked.tolist() == [0, 0, 0]
+    prediction = plan_prediction(masks, 196, "all", torch.arange(3 * 196).view(3, 196))
+    assert not prediction.masked.any()
+    assert torch.equal(prediction.labels, torch.arange(3 * 196).view(3, 196))
+
+
+@pytest.mark.parametrize("kind", ["blockwise", "random"])
+def test_a_mask_belongs_to_its_sample(kind):
+    """Alone, in another batch or in another order: the same; with another seed, epoch or number: another."""
+    together = draw_masks(kind, OFFICIAL, GRID, 9, [0, 1, 1, 4], [7, 7, 8, 8])
+    alone = [draw_masks(kind, OFFICIAL, GRID, 9, [e], [s]).masked_idx for e, s in [(0, 7), (1, 7), (1, 8), (4, 8)]]
+    assert torch.equal(together.masked_idx, torch.cat(alone))
+    reseeded = draw_masks(kind, OFFICIAL, GRID, 9 + 2**32, [0], [7]).masked_idx
+    assert len({tuple(slots) for slots in [*together.masked_idx.tolist(), *reseeded.tolist()]}) == 5
+
+
+def test_nothing_fits():
+    """The smallest block fills the window: every image stays whole, and the generator ends."""
+    masks = draw_masks("blockwise", settings(num_masked=16), (4, 4), 0, 0, np.arange(64))
+    prediction = plan_prediction(masks, 16, "masked", torch.zeros(64, 16, dtype=torch.int64))
+    assert masks.masked_idx.shape == (64, 16)
+    assert torch.equal((prediction.labels != UNUSED).sum(1), masks.num_masked)
+    nowhere = draw_masks("blockwise", settings(num_masked=1), (1, 1), 0, 0, np.arange(4))
+    assert nowhere.num_masked.tolist() == [0] * 4
+    assert draw_masks("blockwise", OFFICIAL, GRID, 0, [], []).masked_idx.shape == (0, 75)
+
+
+def test_target_below_the_smallest_block():
+    """The rate of empty masks with 4 patches and blocks of 16, as in the authors' code; no mask has more than 4."""
+    counts = draw_masks("blockwise", settings(num_masked=4), GRID, 0, 0, np.arange(5000)).num_masked
+    assert counts.max() == 4
+    assert (counts == 0).double().mean() == pytest.approx(0.37, abs=0.03)
+
+
+def test_prediction():
+    """Image 0 has two masked patches in three slots, image 1 has three."""
+    masks = Masks(torch.tensor([[1, 4, 0], [0, 2, 5]]), torch.tensor([2, 3]))
+    tokens = torch.tensor([[10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25]])
+    some = plan_prediction(masks, 6, "masked", tokens)
+    assert some.masked.int().tolist() == [[0, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 1]]
+    assert some.predict_idx.tolist() == [[1, 4, 0], [0, 2, 5]]
+    assert some.labels.tolist() == [[11, 14, UNUSED], [20, 22, 25]]
+    every = plan_prediction(masks, 6, "all", tokens)
+    assert torch.equal(every.masked, some.masked) and torch.equal(every.labels, tokens)
+    assert every.predict_idx.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert plan_prediction(masks, 6, "masked").labels.tolist() == [[0, 0, UNUSED], [0, 0, 0]]

@@ -1,0 +1,202 @@
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fastbeit.data.sampling import (
+    JITTER_ORDERS,
+    Purpose,
+    draw_crops,
+    draw_flips,
+    draw_jitters,
+    drop_path_keep,
+    epoch_order,
+    philox,
+    uniform,
+    view_of,
+)
+
+MAX = 2**32 - 1
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def same_distribution(a, b) -> bool:
+    """Two-sample Kolmogorov-Smirnov at a false alarm in 10 000; seeds are fixed, so it never flickers."""
+    a, b = np.sort(a), np.sort(b)
+    both = np.concatenate([a, b])
+    distance = np.abs(np.searchsorted(a, both, "right") / len(a) - np.searchsorted(b, both, "right") / len(b)).max()
+    return distance < math.sqrt(-math.log(1e-4 / 2) / 2 * (1 / len(a) + 1 / len(b)))
+
+
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [  # the known answers that come with Random123
+        ([0] * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([MAX] * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], 0x299F31D0A4093822, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_the_published_words(counter, key, words):
+    assert [f"{word:08x}" for word in philox(key, *counter)] == words.split()
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3, 2**63 - 1])
+def test_philox_is_tritons(device, seed):
+    triton = pytest.importorskip("triton")
+    from philox_kernel import philox_kernel
+
+    counters = np.random.default_rng(0).integers(0, 2**32, (4, 100))
+    counters[:, 0], counters[:, 1] = 0, MAX
+    words = torch.zeros(4, 100, dtype=torch.int64, device=device)
+    philox_kernel[(1,)](torch.from_numpy(counters).to(device), words, seed, 100, BLOCK=triton.next_power_of_2(100))
+    assert np.array_equal(words.cpu().numpy().T, philox(seed, *counters).astype(np.int64))
+
+
+def test_uniform_takes_the_words_in_order():
+    draws = uniform(3, Purpose.MASK, 5, np.array([11, 12]), 10)
+    words = [philox(3, draw, Purpose.MASK, 5, 12) for draw in range(3)]
+    assert np.array_equal(draws[1], np.concatenate(words)[:10] / 2**32)
+    assert np.array_equal(uniform(3, Purpose.MASK, 5, np.array([11, 12]), 6, first_draw=4), draws[:, 4:])
+    assert same_distribution(uniform(0, Purpose.MASK, 0, np.arange(1000), 8).ravel(), np.arange(10_000) / 10_000)
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 1000])
+def test_epoch_order_is_a_permutation(num_images):
+    order = epoch_order(0, 3, num_images)
+    assert order.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(num_images))
+    assert np.array_equal(order, epoch_order(0, 3, num_images))
+
+
+def test_epoch_orders_are_unrelated():
+    orders = [epoch_order(seed, epoch, 2000) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+    for i in range(3):
+        assert abs(np.corrcoef(orders[i], orders[i - 1])[0, 1]) < 0.1
+        assert abs(np.corrcoef(orders[i], np.arange(2000))[0, 1]) < 0.1
+
+
+def test_a_long_order_is_made_in_pieces(monkeypatch):
+    whole = epoch_order(0, 0, 1000)
+    monkeypatch.setattr("fastbeit.data.sampling.KEYS_AT_ONCE", 300)
+    assert np.array_equal(epoch_order(0, 0, 1000), whole)
+
+
+def official_crop(rng, height, width):
+    """torchvision.transforms.RandomResizedCrop.get_params, with Python's `random`."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*SCALE)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    in_ratio = width / height
+    w, h = width, height
+    if in_ratio < RATIO[0]:
+        h = round(w / RATIO[0])
+    elif in_ratio > RATIO[1]:
+        w = round(h * RATIO[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+# a photo; a panorama, where most tries fail and the fallback counts
+@pytest.mark.parametrize("height, width", [(427, 640), (120, 900)])
+def test_crops_are_distributed_as_official(height, width):
+    n, rng = 4000, random.Random(0)
+    boxes = draw_crops(0, 0, np.arange(n), np.full(n, height), np.full(n, width), SCALE, RATIO)
+    official = np.array([official_crop(rng, height, width) for _ in range(n)])
+    for name, measure in {
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "ratio": lambda b: b[:, 3] / b[:, 2],
+        "top": lambda b: b[:, 0],
+        "left": lambda b: b[:, 1],
+        "bottom": lambda b: b[:, 0] + b[:, 2],
+        "right": lambda b: b[:, 1] + b[:, 3],
+    }.items():
+        assert same_distribution(measure(boxes), measure(official)), name
+
+
+class Replay:
+    """Python's `random`, fed with four numbers a try; a try that does not fit leaves its last two unused."""
+
+    def __init__(self, draws):
+        self.draws, self.used = draws, 0
+
+    def _next(self):
+        self.used += 1
+        return self.draws[self.used - 1]
+
+    def uniform(self, low, high):
+        self.used += 2 * (self.used % 4 == 2)
+        return low + (high - low) * self._next()
+
+    def randint(self, low, high):
+        return low + math.floor(self._next() * (high - low + 1))
+
+
+def test_crops_follow_the_official_rule_draw_by_draw():
+    sizes = [(427, 640), (120, 900), (3, 500), (500, 3), (1, 1), (2, 2), (64, 64)]
+    for sample, (height, width) in enumerate(sizes * 20):
+        box = draw_crops(5, 2, [sample], [height], [width], SCALE, RATIO)[0]
+        assert tuple(box) == official_crop(Replay(uniform(5, Purpose.CROP, 2, sample, 40)[0]), height, width)
+
+
+def test_crops_lie_inside_the_image():
+    rng = np.random.default_rng(0)
+    height, width = rng.integers(1, 40, (2, 5000))
+    for ratio in (RATIO, (0.01, 0.02), (50, 90)):
+        top, left, h, w = draw_crops(0, 0, np.arange(5000), height, width, SCALE, ratio).T
+        assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
+        assert (top + h <= height).all() and (left + w <= width).all()
+
+
+def test_a_whole_image_crop():
+    assert draw_crops(0, 0, [0], [32], [32], (1, 1), (1, 1)).tolist() == [[0, 0, 32, 32]]
+
+
+def test_draws_depend_on_the_key_alone():
+    samples = np.arange(50)
+    height, width = np.full(50, 300), np.full(50, 400)
+    boxes = draw_crops(0, 4, samples, height, width, SCALE, RATIO)
+    shuffled = samples[::-1]
+    assert np.array_equal(draw_crops(0, 4, shuffled, height, width, SCALE, RATIO), boxes[::-1])
+    for seed, view in [(1, 4), (0, 5)]:
+        assert not np.array_equal(draw_crops(seed, view, samples, height, width, SCALE, RATIO), boxes)
+
+
+def test_flips():
+    assert abs(draw_flips(0, 0, np.arange(10_000), 0.5).mean() - 0.5) < 0.02
+    assert not draw_flips(0, 0, np.arange(100), 0).any()
+    assert draw_flips(0, 0, np.arange(100), 1).all()
+
+
+def test_jitters():
+    order, factors = draw_jitters(0, 0, np.arange(12_000), 0.4)
+    codes, counts = np.unique(order @ [9, 3, 1], return_counts=True)
+    assert np.array_equal(np.sort(JITTER_ORDERS @ [9, 3, 1]), codes)
+    assert (abs(counts - 2000) < 200).all()
+    for factor in factors.T:
+        assert same_distribution(factor, np.linspace(0.6, 1.4, 10_000))
+    assert np.abs(np.corrcoef(np.c_[factors, order[:, 0]].T) - np.eye(4)).max() < 0.05
+    assert (draw_jitters(0, 0, np.arange(10), 0)[1] == 1).all()
+    assert draw_jitters(0, 0, np.arange(1000), 3)[1].min() >= 0
+
+
+def test_drop_path():
+    rates = [0.0, 0.1, 0.5]
+    keep = drop_path_keep(0, 7, np.arange(4000), rates)
+    assert keep.shape == (3, 2, 4000) and keep.dtype == np.float32
+    for block, rate in enumerate(rates):
+        assert set(np.unique(keep[block])) <= {np.float32(0), np.float32(1 / (1 - rate))}
+        assert np.abs(keep[block].mean(-1) - 1).max() < 0.06
+    # blocks, branches and samples are independent
+    assert np.abs(np.corrcoef(keep[1:].reshape(4, -1)) - np.eye(4)).max() < 0.06
+    assert np.array_equal(drop_path_keep(0, 7, [12, 3], rates), keep[:, :, [12, 3]])
+    assert not np.array_equal(drop_path_keep(0, 8, np.arange(4000), rates), keep)
+
+
+def test_views_come_round():
+    epochs = np.arange(5)
+    assert view_of(epochs, 0).tolist() == [0, 1, 2, 3, 4]
+    assert view_of(epochs, 2).tolist() == [0, 1, 0, 1, 0]
