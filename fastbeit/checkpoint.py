@@ -1,8 +1,8 @@
 """A checkpoint is complete and verified, or it is not there (design D11).
 
-`step-000123/` holds `model.safetensors` (whole, whatever the ranks), `optimizer.safetensors` (moments by parameter name),
-`state.json`, and a MANIFEST with each file's size and sha256. It is written beside its place, synced to disk and renamed.
-Nothing in it is a pickle.
+`step-000123/` holds `model.safetensors` (whole, whatever the ranks), `optimizer.safetensors` (moments by parameter
+name), `state.json`, and a MANIFEST with each file's size and sha256. It is written beside its place, synced to disk
+and renamed. Nothing in it is a pickle.
 """
 
 import json
@@ -68,7 +68,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         problems.append(f"{candidate.name}: {problem}")
     if candidates:
         raise RunError(
-            f"none of the checkpoints in '{folder}' is usable ({'; '.join(problems)}); restore one, or start with another out",
+            f"none of the checkpoints in '{folder}' is usable ({'; '.join(problems)}); restore one or change out",
             CHECKPOINT_UNUSABLE,
         )
     return None, problems

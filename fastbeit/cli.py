@@ -18,10 +18,11 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit report RUN                              pictures and the HTML page of a run
 
 `fastbeit VERB --help` says more; `fastbeit --version` prints the version. On several GPUs:
-  deepspeed --module fastbeit pretrain CONFIG [key=value ...]     or     torchrun --nproc-per-node 8 -m fastbeit pretrain ...
+  deepspeed --module fastbeit pretrain CONFIG [key=value ...]
+  torchrun --nproc-per-node 8 -m fastbeit pretrain CONFIG [key=value ...]
 
-Exit codes: 0 done, 2 usage or config, 65 too many bad images, 66 data missing, 73 and 74 cannot write, 75 stopped and saved
-(run the same command again), 78 no usable checkpoint, 1 anything else."""
+Exit codes: 0 done, 2 usage or config, 65 too many bad images, 66 data missing, 73 and 74 cannot write, 75 stopped and
+saved (run the same command again), 78 no usable checkpoint, 1 anything else."""
 
 
 def main(argv: list[str] | None = None) -> int:

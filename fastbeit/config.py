@@ -222,8 +222,8 @@ class Config(Section):
             )
         if self.mask == "blockwise" and self.masking.min_block > self.masking.num_masked:
             raise ValueError(
-                f"masking.min_block {self.masking.min_block} is more than masking.num_masked {self.masking.num_masked}: "
-                "most masks would be empty; lower min_block"
+                f"masking.min_block {self.masking.min_block} is more than masking.num_masked "
+                f"{self.masking.num_masked}: most masks would be empty; lower min_block"
             )
         if self.mask == "none" and self.predict == "masked":
             raise ValueError("mask=none leaves nothing to predict with predict=masked; set predict=all")

@@ -1,7 +1,7 @@
 """Ranks: the only file that knows there may be several of them, and who takes the optimizer step (design D9, D10).
 
-The loss that is minimised is the mean over all masked patches of the global batch, whatever the ranks and micro-batches:
-each rank divides its sum by the global count, and gradients are added, not averaged.
+The loss that is minimised is the mean over all masked patches of the global batch, whatever the ranks and
+micro-batches: each rank divides its sum by the global count, and gradients are added, not averaged.
 """
 
 import os
@@ -90,7 +90,11 @@ class Engine(Protocol):
         ...
 
     def step(self) -> Tensor:
-        """Clip, update, clear. Returns the norm before clipping, on the device; not finite where nothing was updated."""
+        """Clip, update, clear.
+
+        Returns:
+            The gradient's norm before clipping, a scalar on the device; not finite where nothing was updated.
+        """
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -231,8 +235,8 @@ def _import_deepspeed(device: torch.device) -> Any:
         ) from err
     deepspeed.utils.logger.setLevel("WARNING")
     if device.type == "cpu":
-        # its shared-memory collectives are compiled on first use, and a compile that was killed leaves a lock on which every
-        # later run waits for ever without a word; gloo needs no compiler
+        # its shared-memory collectives are compiled on first use, and a compile that was killed leaves a lock on which
+        # every later run waits for ever without a word; gloo needs no compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

@@ -1,4 +1,4 @@
-"""What is measured between two log lines: loss, accuracy, speed, waiting. Values stay on the device until they are read."""
+"""What is measured between two log lines: loss, accuracy, speed, waiting; kept on the device until it is read."""
 
 import time
 

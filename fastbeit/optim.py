@@ -26,7 +26,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, num_steps: int, num_warmup: int, optim: OptimConfig) -> float:
-    """Linear warmup from 0, then half a cosine down to `min_lr`; the peak is reached at step num_warmup - 1 and held once.
+    """Linear warmup from 0, then half a cosine to `min_lr`; step num_warmup - 1 and the next have the peak.
 
     Args:
         step: steps already taken, from 0.
@@ -46,8 +46,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_and_step(optimizer: torch.optim.AdamW, clip_grad: float) -> Tensor:
     """One update with clipped gradients, or none if a gradient is not finite; no value comes to the host.
 
-    The fused kernel divides gradients by `grad_scale` and does nothing where `found_inf` is set: clipping costs no pass over
-    memory of its own, and a NaN reaches neither weights nor moments.
+    The fused kernel divides gradients by `grad_scale` and does nothing where `found_inf` is set: clipping costs no
+    pass over memory of its own, and a NaN reaches neither weights nor moments.
 
     Args:
         clip_grad: largest norm of the gradient; 0: no clipping.
@@ -58,8 +58,9 @@ def clip_and_step(optimizer: torch.optim.AdamW, clip_grad: float) -> Tensor:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     # 1e-6 as in torch.nn.utils.clip_grad_norm_
-    optimizer.grad_scale = ((norm + 1e-6) / clip_grad).clamp_min(1.0) if clip_grad else None  # pyright: ignore[reportAttributeAccessIssue]
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # pyright: ignore[reportAttributeAccessIssue]
+    grad_scale = ((norm + 1e-6) / clip_grad).clamp_min(1.0) if clip_grad else None
+    # where torch.amp.GradScaler leaves them for a fused optimizer
+    vars(optimizer).update(grad_scale=grad_scale, found_inf=(~torch.isfinite(norm)).float())
     optimizer.step()
     optimizer.zero_grad()
     return norm

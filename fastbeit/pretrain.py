@@ -238,8 +238,8 @@ def _stop_if_lost(figures: dict[str, float], step: int, lr: float, found: Path |
     if figures["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
         raise RunError(
             f"loss or gradient was not finite in the last {figures['skipped_in_a_row']} steps up to step {step} "
-            f"(learning rate {lr:.2e}); no update was made from them. Lower optim.lr or optim.clip_grad, or warm up longer, "
-            f"in another out; last checkpoint: {found or 'none'}"
+            f"(learning rate {lr:.2e}); no update was made from them. Lower optim.lr or optim.clip_grad, or warm up "
+            f"longer, in another out; last checkpoint: {found or 'none'}"
         )
 
 

@@ -1,4 +1,4 @@
-"""A run directory and what a run says in it: `config.yaml`, `log.jsonl`, `tensorboard/`, `checkpoints/` (design D12)."""
+"""A run directory and what a run says in it: `config.yaml`, `log.jsonl`, `tensorboard/` (design D12)."""
 
 import contextlib
 import json
@@ -69,7 +69,7 @@ def _refuse_another_run(out: Path, config: Config) -> None:
     changes = [f"{key} was {was}, now {now}" for key, was, now in _differences(old, new)]
     if changes:
         raise RunError(
-            f"out '{out}' holds another run: {'; '.join(changes)}. Choose another out, or go back to that run's settings",
+            f"out '{out}' holds another run: {'; '.join(changes)}. Choose another out, or that run's settings",
             USAGE,
         )
 

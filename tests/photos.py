@@ -120,6 +120,10 @@ def odd_files() -> dict[str, tuple[bytes, np.ndarray]]:
         "rgba.png": (encoded(rgba, "PNG"), rgb * share + 255 * (1 - share)),
         "grey_alpha.png": (encoded(grey_alpha, "PNG"), np.dstack([grey] * 3) * share + 255 * (1 - share)),
         "palette.png": (encoded(palette, "PNG"), np.asarray(palette.convert("RGB"))),
+        "palette_clear.png": (
+            encoded(palette, "PNG", transparency=3),
+            np.where((np.asarray(palette) == 3)[..., None], 255, np.asarray(palette.convert("RGB"))),
+        ),
         "grey_16_bits.png": (encoded(Image.fromarray(wide), "PNG"), np.dstack([grey] * 3)),
         "one_pixel.png": (encoded(photo.resize((1, 1)), "PNG"), np.asarray(photo.resize((1, 1)))),
         "thin.png": (encoded(photo.resize((3, 500)), "PNG"), np.asarray(photo.resize((3, 500)))),

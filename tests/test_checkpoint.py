@@ -3,6 +3,7 @@ import resource
 
 import pytest
 import torch
+
 from fastbeit.checkpoint import (
     find_checkpoint,
     load_model,

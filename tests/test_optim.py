@@ -2,10 +2,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from fastbeit.config import Config, OptimConfig
 from fastbeit.model.beit import make_beit
 from fastbeit.optim import clip_and_step, learning_rate, make_optimizer, parameter_groups
-from torch import nn
 
 
 def test_groups_are_the_authors():
@@ -22,7 +23,7 @@ def test_groups_are_the_authors():
 
 
 def test_learning_rate_is_the_authors():
-    """800 epochs of ImageNet-1k at batch 2048: values that their code gives, and the mean their log of 300 epochs shows."""
+    """800 epochs of ImageNet-1k at batch 2048: what their code gives; 300 epochs: the mean that their log shows."""
     optim = OptimConfig()
     rates = [learning_rate(step, 500_000, 6250, optim) for step in (0, 6249, 6250, 499_999)]
     assert rates == [0, 1.5e-3, 1.5e-3, pytest.approx(1.0000000015e-5, rel=1e-10)]

@@ -148,15 +148,19 @@ def psnr(one, two):
 
 # rounding alone without jitter (measured: torch 71 dB, DALI 56); with it, clipping before or after the resize
 # (measured: 48 and 47 for both)
-@pytest.mark.parametrize("jitter, bound", [(0, 50), (0.4, 38)])
+@pytest.fixture(scope="module", params=[(0, 50), (0.4, 38)], ids=["plain", "jitter"])
+def reference(index, request):
+    jitter, bound = request.param
+    options = {"batch_size": 7, "image_size": 224, "token_size": (112, 112), "num_steps": 3, "jitter": jitter}
+    return options, batches(index, pipeline="pillow", **options), bound
+
+
 @pytest.mark.parametrize("pipeline", ["torch", "dali"])
-def test_pipelines_agree_with_the_reference(index, pipeline, jitter, bound):
-    options = {"batch_size": 7, "image_size": 224, "token_size": (112, 112), "num_steps": 4, "jitter": jitter}
-    ours, reference = (batches(index, pipeline=name, **options) for name in (pipeline, "pillow"))
+def test_pipelines_agree_with_the_reference(index, reference, pipeline):
+    options, wanted, bound = reference
+    found = batches(index, pipeline=pipeline, **options)
     for view in ("images", "token_images"):
-        ratios = np.concatenate(
-            [psnr(getattr(a, view), getattr(b, view)) for a, b in zip(ours, reference, strict=True)]
-        )
+        ratios = np.concatenate([psnr(getattr(a, view), getattr(b, view)) for a, b in zip(found, wanted, strict=True)])
         assert ratios.mean() >= bound and ratios.min() >= bound - 15, (view, ratios.round(1))
 
 
@@ -229,9 +233,9 @@ def test_odd_files_in_a_batch(tmp_path):
     index = open_index(tmp_path / "images.idx")
     options = {"batch_size": len(index), "num_steps": 1, "jitter": 0}
     reference, *others = (batches(index, pipeline=name, **options)[0] for name in ("pillow", "torch", "dali"))
-    # a dithered black-and-white image overshoots everywhere: 32 dB, by what is clipped between the resize's two passes
+    # a dithered black-and-white image overshoots everywhere: 34 dB, by what is clipped between the resize's two passes
     for other in others:
-        assert other.bad == [] and (np.sort(psnr(reference.images, other.images))[:2] >= [30, 50]).all()
+        assert other.bad == [] and (np.sort(psnr(reference.images, other.images))[:2] >= [30, 45]).all()
 
 
 @pytest.mark.parametrize("name", [*photos.bad_files(), "mid_corrupt.jpg"])

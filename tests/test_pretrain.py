@@ -1,4 +1,4 @@
-"""The loop as its user runs it, on real photos: what it learns, what it survives, and that an interruption changes nothing."""
+"""The loop as its user runs it, on real photos: what it learns, what it survives, and that a stop changes nothing."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastbeit.checkpoint import load_model, load_optimizer, resolve_checkpoint
 from fastbeit.config import load_config
 from fastbeit.errors import RunError

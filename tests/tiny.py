@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from PIL import Image
+
 from fastbeit.data.index import build_index
 from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder, to_mapped
 from fastbeit.tokenizer.weights import save_tokenizer
-from PIL import Image
 
 PHOTOS = "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"
 SETTINGS = {

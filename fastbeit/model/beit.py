@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from fastbeit_kernels.cross_entropy import cross_entropy
 from torch import Tensor, nn
 
 from fastbeit.config import Config, ModelConfig
 from fastbeit.masking import UNUSED
 from fastbeit.model.vit import NORM_EPS, Size, VisionTransformer, take
+from fastbeit_kernels.cross_entropy import cross_entropy
 
 
 class Beit(VisionTransformer):
