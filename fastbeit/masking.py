@@ -18,7 +18,7 @@ from fastbeit.data.sampling import Purpose, uniform
 
 ATTEMPTS = 10  # draws for one block before the mask is left as it is
 WORDS = 4  # random numbers an attempt: area, aspect ratio, top, left; one Philox counter
-ATTEMPTS_A_CALL = 8  # Philox is called for so many attempts at once: a mask takes about 15
+ATTEMPTS_A_CALL = 8  # Philox is called for so many attempts at once: a mask takes about 11
 UNUSED = -100  # label of a slot that the loss leaves out
 
 

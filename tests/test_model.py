@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface import build_huggingface, to_huggingface
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +20,7 @@ from fastbeit.model.vit import (
     inverse_index,
     relative_position_index,
 )
+from huggingface import build_huggingface, to_huggingface
 
 # the real window, patch and vocabulary; narrow, so that a step takes a moment
 SMALL: dict[str, Any] = {"width": 64, "depth": 3, "num_heads": 4, "mlp_width": 128, "drop_path": 0.0}

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+
 from fastbeit_kernels.backend import INTERPRETED
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS

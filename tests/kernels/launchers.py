@@ -29,7 +29,7 @@ class _InsideOps(TorchDispatchMode):
 class NoSync(_InsideOps):
     """Refuses what makes the host wait for the device."""
 
-    REFUSED = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero)
+    REFUSED = (aten.item, aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero)
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         assert func.overloadpacket not in self.REFUSED, f"a launcher waits for the device: {func}"

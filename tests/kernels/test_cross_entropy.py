@@ -4,16 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from fastbeit_kernels import backend as backend_module
-from fastbeit_kernels.backend import INTERPRETED
-from fastbeit_kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from launchers import GuardZones, NoSync, between_nans
 from numerics import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+from fastbeit_kernels import backend as backend_module
+from fastbeit_kernels.backend import INTERPRETED
+from fastbeit_kernels.cross_entropy import cross_entropy, cross_entropy_reference
+
 LOGITS = {
     "flat": lambda x, word: 0.1 * x,  # the first steps of a run
     "peaked": lambda x, word: 2 * x + 12 * word,  # a softmax that knows
@@ -55,7 +55,9 @@ def test_cross_entropy(device: str, dtype: torch.dtype, kind: str, R: int, V: in
     count = torch.tensor(8, device=device) if R == 1 else None  # else 2^16 overflows the one row's float16 gradient
     grad_loss = 2.0**16 if dtype == torch.float16 else 3.0  # a loss scale
 
-    fast = run_triton(logits, labels, count, grad_loss)
+    with GuardZones() as zones:
+        fast = run_triton(logits, labels, count, grad_loss)
+    zones.check()
     eager = run(cross_entropy_reference, logits, labels, count, grad_loss)
     exact = run(cross_entropy_reference, logits.double(), labels, count, grad_loss)
     for name, *fast_eager_exact in zip(("loss", "grad_logits"), fast, eager, exact, strict=False):
