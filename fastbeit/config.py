@@ -263,7 +263,7 @@ def check_config(values: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(_explain(problem) for problem in err.errors())) from None
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Section, path: Path) -> None:
     """Write the resolved configuration, so that the run can be read and repeated from it alone."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from fastbeit.config import Config, EngineConfig
 from fastbeit.errors import USAGE, RunError
-from fastbeit.optim import clip_and_step
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from fastbeit.optim import MOMENTS, clip_and_step, read_moments, write_moments
 
 
 @dataclass(frozen=True)
@@ -147,17 +145,10 @@ class TorchEngine:
         return clip_and_step(self.optimizer, self.clip_grad)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        state = {}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                state[f"{key}.{name}"] = value.detach().cpu()
-        return state
+        return read_moments(self.model, self.optimizer)
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: state[f"{key}.{name}"].to(parameter.device, copy=True) for key in ("step", *MOMENTS)
-            }
+        write_moments(self.model, self.optimizer, state)
 
 
 class DeepSpeedEngine:

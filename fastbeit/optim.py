@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastbeit.config import OptimConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 NO_DECAY_TOKENS = ("cls_token", "pos_embed")  # the mask token, the bias table and the head do decay, as officially
 
 
@@ -64,3 +65,20 @@ def clip_and_step(optimizer: torch.optim.AdamW, clip_grad: float) -> Tensor:
     optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+def read_moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """What AdamW remembers of each parameter, on the host: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
+    return {
+        f"{key}.{name}": value.detach().cpu()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def write_moments(model: nn.Module, optimizer: torch.optim.AdamW, moments: dict[str, Tensor]) -> None:
+    """The inverse of `read_moments`."""
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {
+            key: moments[f"{key}.{name}"].to(parameter.device, copy=True) for key in ("step", *MOMENTS)
+        }

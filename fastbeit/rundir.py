@@ -14,7 +14,7 @@ from typing import IO, Any
 import yaml
 from tqdm import tqdm
 
-from fastbeit.config import Config, save_config
+from fastbeit.config import Section, save_config
 from fastbeit.errors import CANNOT_CREATE, USAGE, RunError
 
 if sys.platform != "win32":
@@ -30,7 +30,7 @@ FREE_FIELDS = {
 
 
 @contextlib.contextmanager
-def claim(out: Path, config: Config) -> Iterator[None]:
+def claim(out: Path, config: Section) -> Iterator[None]:
     """Make `out` this run's directory, or take it up again; while the context lasts no other process can.
 
     Raises:
@@ -64,7 +64,7 @@ def _lock(file: IO[str], out: Path) -> None:
         ) from err
 
 
-def _refuse_another_run(out: Path, config: Config) -> None:
+def _refuse_another_run(out: Path, config: Section) -> None:
     old, new = yaml.safe_load((out / "config.yaml").read_text()), config.model_dump(mode="json")
     changes = [f"{key} was {was}, now {now}" for key, was, now in _differences(old, new)]
     if changes:

@@ -11,7 +11,7 @@ from fastbeit.data.decode import BadImage, check, decode, decode_reference
 from fastbeit.data.index import DataError, build_index, open_index
 from fastbeit.data.pipeline import BadSamples, make_loader
 from fastbeit.data.plans import Plans, places_at, steps_per_epoch
-from fastbeit.data.views import torch_views
+from fastbeit.data.views import pillow_views, torch_views
 
 PIPELINES = ["torch", "pillow", "dali"]
 DECODERS = {"torch": decode, "pillow": decode_reference}
@@ -191,21 +191,30 @@ def test_a_whole_crop_is_the_image(index):
 
 def test_jitter_changes_what_it_names(index):
     plans = Plans(DataConfig.model_validate({"crop_scale": (1, 1), "flip": 0}), index, 1, 0, 0, 1)
-    pixels = decode(index.read_bytes(0), (index.heights[0], index.widths[0]))
+    image = decode_reference(index.read_bytes(0), (int(index.heights[0]), int(index.widths[0])))
+    mean = np.asarray(image.convert("L")).mean()
     plan = plans.augment(np.array([0]), np.array([0]))[0]
 
-    def view(**factors):
+    def views(order=(0, 1, 2), **factors):
+        plan["order"] = order
         plan["factors"] = [factors.get(name, 1) for name in ("brightness", "contrast", "saturation")]
-        return torch_views(pixels, plan, (64, 64), None)[0].float()
+        ours = torch_views(np.asarray(image), plan, (64, 64), None)[0]
+        return ours.int().numpy(), pillow_views(image, plan, (64, 64), None)[0].astype(int)
 
-    plain = view()
-    assert torch.allclose(view(brightness=0.7), plain * 0.7, atol=1)
-    # factor 0: black; the mean grey of the whole image; each pixel's own grey
-    assert view(brightness=0).max() == 0
-    grey = np.asarray(decode_reference(index.read_bytes(0), pixels.shape[:2]).convert("L"))
-    assert view(contrast=0).unique().tolist() == [int(grey.mean() + 0.5)]
-    grey = plain @ torch.tensor([0.299, 0.587, 0.114])
-    assert torch.allclose(view(saturation=0), grey[..., None].expand(64, 64, 3), atol=1)
+    plain = views()[0]
+    for view in views(brightness=0.7):
+        assert np.abs(view - plain * 0.7).max() <= 1
+    for view in views(saturation=0):
+        assert np.abs(view - (plain @ [0.299, 0.587, 0.114])[..., None]).max() <= 1
+    # no contrast leaves the mean grey of the whole image, as bright as what came before made it
+    for view in views(contrast=0):
+        assert np.unique(view).tolist() == [int(mean + 0.5)]
+    for view in views(contrast=0, brightness=0.5):
+        assert np.abs(view - mean * 0.5).max() <= 1
+    # operations do not commute: bright first is clipped first, where only the reference knows
+    for view in views(contrast=0, brightness=1.9, order=(1, 0, 2)):
+        assert np.unique(view).tolist() == [min(255, int(int(mean + 0.5) * 1.9))]
+    assert views(contrast=0, brightness=1.9, order=(0, 1, 2))[1].max() < mean * 1.9 - 5
 
 
 # ---- what files they read
@@ -240,11 +249,11 @@ def test_odd_files_in_a_batch(tmp_path):
 
 @pytest.mark.parametrize("name", [*photos.bad_files(), "mid_corrupt.jpg"])
 def test_every_pipeline_refuses_the_same_files(name):
-    data = photos.mid_corrupt_jpeg() if name == "mid_corrupt.jpg" else photos.bad_files()[name][0]
+    data, reason = photos.bad_files().get(name, (photos.mid_corrupt_jpeg(), "corrupt"))
     size = {"half.png": (96, 128)}.get(name, (427, 640))
     for decoder in (decode, decode_reference, check):
-        with pytest.raises(BadImage):
-            decoder(data or b"", size)
+        with pytest.raises(BadImage, match="not an image" if reason == "empty" else reason):
+            decoder(data, size)
 
 
 def test_an_image_that_changed_is_bad():

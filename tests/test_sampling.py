@@ -200,3 +200,18 @@ def test_views_come_round():
     epochs = np.arange(5)
     assert view_of(epochs, 0).tolist() == [0, 1, 2, 3, 4]
     assert view_of(epochs, 2).tolist() == [0, 1, 0, 1, 0]
+
+
+def test_draws_are_pinned():
+    # token caches and resumed runs hold what these gave when they began: a change here breaks them in silence
+    sample = np.arange(2)
+    assert epoch_order(1, 2, 8).tolist() == [3, 4, 5, 1, 6, 7, 2, 0]
+    assert draw_crops(1, 2, sample, [427, 427], [640, 640], SCALE, RATIO).tolist() == [
+        [31, 198, 315, 291],
+        [64, 128, 362, 389],
+    ]
+    assert draw_flips(1, 2, np.arange(8), 0.5).astype(int).tolist() == [0, 0, 1, 1, 1, 0, 1, 1]
+    order, factors = draw_jitters(1, 2, sample, 0.4)
+    assert order.tolist() == [[1, 0, 2], [1, 2, 0]]
+    assert factors.round(6).tolist() == [[1.333357, 0.924011, 0.67769], [1.364749, 0.919481, 0.98778]]
+    assert (drop_path_keep(1, 2, sample, [0.5, 0.5]) / 2).astype(int).tolist() == [[[0, 0], [1, 0]], [[0, 0], [1, 1]]]
