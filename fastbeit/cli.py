@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastbeit import __version__
 from fastbeit.errors import DONE, USAGE, RunError
@@ -66,21 +67,20 @@ def _pretrain(args: list[str]) -> int:
 
 def _explain_config(args: list[str]) -> int:
     """Every field with its default, or with the value that CONFIG gives it."""
-    import tyro
-
-    from fastbeit.config import Config, check_config, load_config
+    from fastbeit.config import Config, configure, load_config
 
     print(
         "fastbeit pretrain CONFIG [key=value ...]\n\nThe keys, for example optim.lr=1e-3 data.image_size=[224,224]:\n"
     )
-    default = load_config(args[0], _overrides(args[1:])) if args else check_config({})
-    tyro.cli(
-        tyro.conf.FlagConversionOff[Config],
-        args=["--help"],
-        prog="fastbeit pretrain CONFIG",
-        default=default,
-        use_underscores=True,
-    )
+    default = load_config(args[0], _overrides(args[1:])) if args else configure(Config, [])
+    return _explain_fields("fastbeit pretrain CONFIG", default)
+
+
+def _explain_fields(command: str, default: Any) -> int:
+    import tyro
+
+    fields = tyro.conf.FlagConversionOff[type(default)]
+    tyro.cli(fields, args=["--help"], prog=command, default=default, use_underscores=True)
     return DONE
 
 
@@ -97,8 +97,8 @@ def _overrides(args: list[str]) -> list[str]:
 
 
 def _index(args: list[str]) -> int:
-    parser = _parser(
-        "index", "List the images of a folder: path, size, class; what is no image is said with its reason."
+    parser = argparse.ArgumentParser(
+        "fastbeit index", description="List the images of a folder; what is no image is said with its reason."
     )
     parser.add_argument("source", type=Path, help="folder of images, flat or with class folders, any depth")
     parser.add_argument("-o", "--output", type=Path, required=True, help="index file to write")
@@ -108,11 +108,30 @@ def _index(args: list[str]) -> int:
 
     summary = build_index(options.source, options.output)
     print(summary)
+    if summary.skipped:
+        listed = options.output.with_name(options.output.name + ".skipped")
+        listed.write_text("".join(f"{path!r}: {reason}\n" for path, reason in summary.skipped))
+        print(f"skipped files are listed in {listed}")
     return DONE
 
 
-def _parser(verb: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(f"fastbeit {verb}", description=description)
+def _tokenizer(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit tokenizer", description="Train a dVAE of your own; the same command again continues."
+    )
+    parser.add_argument("action", choices=["train"])
+    parser.add_argument("--data", type=Path, required=True, help="index of the images, made by `fastbeit index`")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="`fastbeit tokenizer train --keys` lists them")
+
+    from fastbeit.config import configure
+    from fastbeit.tokenizer.train import TokenizerTrainConfig, train_tokenizer
+
+    if "--keys" in args:
+        return _explain_fields("fastbeit tokenizer train", configure(TokenizerTrainConfig, []))
+    options = parser.parse_intermixed_args(args)
+    config = configure(TokenizerTrainConfig, options.settings)
+    return train_tokenizer(config, options.data, options.output, command=["fastbeit", "tokenizer", *args])
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"index": _index, "pretrain": _pretrain}
+VERBS: dict[str, Callable[[list[str]], int]] = {"index": _index, "tokenizer": _tokenizer, "pretrain": _pretrain}

@@ -5,7 +5,7 @@ Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -230,21 +230,28 @@ class Config(Section):
         return self
 
 
+S = TypeVar("S", bound=Section)
+
+
 def load_config(path: str | Path, overrides: list[str]) -> Config:
-    """Read a YAML file, lay `key=value` overrides over it, and check the whole.
+    """Read a YAML file of at most 1 MB with the keys of `Config`, and lay overrides over it; see `configure`."""
+    return configure(Config, overrides, _read_yaml(Path(path)))
+
+
+def configure(model: type[S], overrides: list[str], values: dict[str, Any] | None = None) -> S:
+    """Lay `key=value` overrides over nested values and check the whole.
 
     Args:
-        path: a YAML file of at most 1 MB; keys as in `Config`.
         overrides: each `key.subkey=value`, the value in YAML: `optim.lr=1e-3`, `data.image_size=[224, 224]`.
 
     Raises:
         ConfigError: one line for each thing wrong, with the nearest known name for an unknown key.
     """
-    values = _read_yaml(Path(path))
+    values = {} if values is None else values
     for item in overrides:
         key, found, text = item.partition("=")
         if not found:
-            raise ConfigError(f"wanted key=value, for example optim.lr=1e-3; got '{item}'")
+            raise ConfigError(f"wanted key=value, for example seed=1; got '{item}'")
         *parents, leaf = key.split(".")
         section = values
         for parent in parents:
@@ -252,15 +259,10 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
             if not isinstance(section, dict):
                 raise ConfigError(f"{key}: '{parent}' is a value, not a section")
         section[leaf] = _parse_yaml(text, f"value of {key}") if text else ""
-    return check_config(values)
-
-
-def check_config(values: dict[str, Any]) -> Config:
-    """Validate a nested dict; errors as in `load_config`."""
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as err:
-        raise ConfigError("\n".join(_explain(problem) for problem in err.errors())) from None
+        raise ConfigError("\n".join(_explain(problem, model) for problem in err.errors())) from None
 
 
 def save_config(config: Section, path: Path) -> None:
@@ -268,11 +270,11 @@ def save_config(config: Section, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, model: type[Section]) -> str:
     """One line for one pydantic error."""
     path = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(path[:-1])
+        known = _fields_at(path[:-1], model)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?" if near else f"known here: {', '.join(known)}"
         return f"unknown key '{'.'.join(path)}'; {hint}"
@@ -282,12 +284,13 @@ def _explain(problem: Any) -> str:
     return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}; got {problem['input']!r}"
 
 
-def _fields_at(path: list[str]) -> list[str]:
-    model: Any = Config
+def _fields_at(path: list[str], model: Any) -> list[str]:
     for name in path:
-        field = model.model_fields.get(name) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        field = model.model_fields.get(name)
         model = field.annotation if field else None
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -2,9 +2,9 @@ import os
 import re
 
 import numpy as np
-import photos
 import pytest
 
+import photos
 from fastbeit.data.index import COLUMNS, DataError, build_index, open_index
 
 

@@ -1,0 +1,65 @@
+"""The command as its user types it."""
+
+import subprocess
+import sys
+
+import pytest
+from fastbeit import __version__
+from fastbeit.cli import main
+from tiny import make_photos, run
+
+
+@pytest.mark.parametrize("args, text", [(["--help"], "fastbeit pretrain CONFIG"), (["--version"], __version__)])
+def test_help_and_version_come_without_torch(args, text):
+    code = f"import sys\nfrom fastbeit.cli import main\nmain({args})\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert text in done.stdout
+
+
+def test_the_help_of_pretrain_shows_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["pretrain", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for shown in ("--optim.lr", "0.0015", "--masking.num_masked", "75", "--model.layer_scale", "pixels"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    "args, code, message",
+    [
+        ([], 2, ""),
+        (["pretain"], 2, "no verb 'pretain'; there are index"),
+        (["pretrain", "nowhere.yaml"], 2, "no config file 'nowhere.yaml'"),
+        (["--local_rank=0", "pretrain", "nowhere.yaml"], 2, "no config file"),
+        (["index", "nowhere", "-o", "x.idx"], 66, "'nowhere' does not exist"),
+        (["tokenizer", "train", "--data", "nowhere.idx", "-o", "dvae"], 66, "no index 'nowhere.idx'"),
+        (["tokenizer", "train", "--data", "x", "-o", "dvae", "stepz=3"], 2, "did you mean 'steps'?"),
+    ],
+    ids=str,
+)
+def test_a_mistake_ends_in_one_line_and_an_exit_code(args, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == code
+    stderr = capsys.readouterr().err
+    assert message in stderr and stderr.count("\n") <= 1 and "Traceback" not in stderr
+
+
+def test_a_folder_is_indexed_and_what_is_no_image_is_listed(tmp_path):
+    photos = make_photos(tmp_path / "photos", 3)
+    (photos / "notes.jpg").write_text("<html>not found</html>")
+    done = run("index", str(photos), "-o", str(tmp_path / "images.idx"))
+    assert done.returncode == 0, done.stderr
+    assert "3 images, 1 files skipped" in done.stdout
+    assert "notes.jpg" in (tmp_path / "images.idx.skipped").read_text()
+
+
+@pytest.mark.parametrize("names", [["empty.jpg"], []])
+def test_a_folder_without_an_image_is_an_error(tmp_path, names, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"")
+    assert main(["index", str(folder), "-o", str(tmp_path / "images.idx")]) == 66
+    assert "no image in" in capsys.readouterr().err
+    assert not (tmp_path / "images.idx").exists()
