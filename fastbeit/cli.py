@@ -134,4 +134,40 @@ def _tokenizer(args: list[str]) -> int:
     return train_tokenizer(config, options.data, options.output, command=["fastbeit", "tokenizer", *args])
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"index": _index, "tokenizer": _tokenizer, "pretrain": _pretrain}
+def _report(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit report", description="Measure and draw what a run learnt: PNG files and one HTML page."
+    )
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("-o", "--output", type=Path, help="the page; RUN/report.html when not given")
+    options = parser.parse_args(args)
+
+    from fastbeit.report import verdict, write_report
+
+    page, figures = write_report(options.run, options.output)
+    print(f"{verdict(figures)}\nreport: {page}")
+    return DONE
+
+
+def _demo(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit demo", description="Photos to pictures of what was learnt, in minutes, on a CPU."
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory; the same again continues")
+    parser.add_argument("--data", type=Path, help="folder of photos of your own")
+    parser.add_argument("--tokenizer", nargs="*", default=[], metavar="key=value", help="settings of its training")
+    parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value", help="settings of pre-training")
+    options = parser.parse_args(args)
+
+    from fastbeit.demo import run_demo
+
+    return run_demo(options.out, options.data, options.tokenizer, options.pretrain)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "demo": _demo,
+    "index": _index,
+    "tokenizer": _tokenizer,
+    "pretrain": _pretrain,
+    "report": _report,
+}

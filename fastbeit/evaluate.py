@@ -37,24 +37,27 @@ class Evaluation:
         return int((self.histogram > 0).sum())
 
 
-def evaluation_batches(
-    config: Config, index: Index, world: World, num_views: int, token_size: tuple[int, int] | None
+def held_out_seed(config: Config) -> int:
+    """Another seed than the run's: crops and masks that training never saw, even of training images."""
+    return config.seed + 1
+
+
+def batches_of(
+    config: Config, index: Index, world: World, num_crops: int, token_size: tuple[int, int] | None, seed: int
 ) -> Iterator[Batch]:
-    """Each image in `num_views` crops; the last batch is filled with crops of one more view."""
-    per_rank = min(MAX_BATCH, math.ceil(len(index) / world.size))
-    batch_size = per_rank * world.size
-    # another seed than the run's: crops and masks that training never saw, even of training images
+    """At least `num_crops` crops, filled up to whole batches; each image as often as any other, but for one."""
+    per_rank = min(MAX_BATCH, math.ceil(min(len(index), num_crops) / world.size))
     return iter(
         make_loader(
             config.data.model_copy(update={"tail": "wrap", "views": 0, "num_workers": 0}),
             index,
             token_size=token_size,
-            batch_size=batch_size,
-            seed=config.seed + 1,
+            batch_size=per_rank * world.size,
+            seed=seed,
             rank=world.rank,
             world_size=world.size,
             first_step=0,
-            num_steps=math.ceil(len(index) * num_views / batch_size),
+            num_steps=math.ceil(num_crops / (per_rank * world.size)),
         )
     )
 
@@ -68,17 +71,16 @@ def visual_tokens(tokenizer: Tokenizer | None, batch: Batch, device: torch.devic
 
 @torch.no_grad()
 def evaluate(
-    config: Config, model: Beit, tokenizer: Tokenizer | None, index: Index, world: World, num_views: int
+    config: Config, model: Beit, tokenizer: Tokenizer | None, index: Index, world: World, num_crops: int
 ) -> Evaluation:
-    """Loss and accuracy on crops of `index`; all ranks must call it. Drop path is off."""
+    """Loss and accuracy on unseen crops of `index`; all ranks must call it. Drop path is off."""
     token_size = tokenizer.view_size(config.grid) if tokenizer else None
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     histogram = torch.zeros(tokenizer.vocab_size if tokenizer else 0, dtype=torch.int64, device=world.device)
-    num_predicted = 0
-    for batch in evaluation_batches(config, index, world, num_views, token_size):
-        masks = draw_masks(
-            config.mask, config.masking, config.grid, config.seed + 1, batch.epoch.numpy(), batch.sample.numpy()
-        )
+    num_predicted, seed = 0, held_out_seed(config)
+    for batch in batches_of(config, index, world, num_crops, token_size, seed):
+        epoch, sample = batch.epoch.numpy(), batch.sample.numpy()
+        masks = draw_masks(config.mask, config.masking, config.grid, seed, epoch, sample)
         tokens = visual_tokens(tokenizer, batch, world.device)
         plan = plan_prediction(masks.to(world.device), config.num_patches, config.predict, tokens)
         loss_sum, num_correct = model(batch.images.to(world.device), plan.masked, plan.predict_idx, plan.labels)
@@ -86,9 +88,18 @@ def evaluate(
         num_predicted += int((plan.labels != UNUSED).sum())
         if tokens is not None:
             histogram += torch.bincount(tokens.flatten(), minlength=len(histogram))
-    totals = world.sum([*sums.tolist(), num_predicted, *histogram.tolist()])
-    loss, correct, count, *words = totals
+    loss, correct, count, *words = world.sum([*sums.tolist(), num_predicted, *histogram.tolist()])
     return Evaluation(loss / max(count, 1), correct / max(count, 1), int(count), torch.tensor(words).long())
+
+
+def token_histogram(config: Config, tokenizer: Tokenizer, index: Index, world: World, num_crops: int) -> Tensor:
+    """[V] int64: how often each word stands in crops that training draws, on this rank."""
+    histogram = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    for batch in batches_of(config, index, world, num_crops, tokenizer.view_size(config.grid), config.seed):
+        tokens = visual_tokens(tokenizer, batch, world.device)
+        assert tokens is not None  # a token size was asked for
+        histogram += torch.bincount(tokens.flatten(), minlength=len(histogram)).cpu()
+    return histogram
 
 
 def unigram_baseline(training: Tensor, held_out: Tensor) -> float:

@@ -101,6 +101,7 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
         world.barrier()
         return out / "checkpoints" / f"step-{step:06d}"
 
+    num_val_crops = config.log.val_views * len(val_index) if val_index else 0
     drop_rates = [config.model.drop_path * i / max(1, config.model.depth - 1) for i in range(config.model.depth)]
     done = first_step
     with (
@@ -148,7 +149,7 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
 
             # once in a while: look at held-out images
             if val_index and (done == num_steps or (config.log.val_every and done % config.log.val_every == 0)):
-                held_out = evaluate(config, model, tokenizer, val_index, world, config.log.val_views)
+                held_out = evaluate(config, model, tokenizer, val_index, world, num_val_crops)
                 log.write({"step": done, "event": "validation", "loss": held_out.loss, "accuracy": held_out.accuracy})
                 log.say(f"step {done}  held-out loss {held_out.loss:.4f}  masked accuracy {held_out.accuracy:.4f}")
 

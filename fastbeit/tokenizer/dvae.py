@@ -139,14 +139,14 @@ class Decoder(nn.Module):
 
 
 def to_mapped(images: Tensor) -> Tensor:
-    """Images uint8 [B, h, w, 3] as an encoder wants them: float32 [B, 3, h, w], mapped."""
+    """Images uint8 [B, h, w, 3] as an encoder wants them: float32 [B, 3, h, w], mapped, channels last in memory."""
     return map_pixels(images.permute(0, 3, 1, 2).float() / 255)
 
 
 def one_hot(ids: Tensor, vocab_size: int) -> Tensor:
-    """Word ids int64 [B, h, w] as a decoder wants them: float32 [B, V, h, w]."""
-    shape = ids.shape[0], vocab_size, *ids.shape[1:]
-    return torch.zeros(shape, device=ids.device).scatter_(1, ids[:, None], 1.0)
+    """Word ids int64 [B, h, w] as a decoder wants them: float32 [B, V, h, w], channels last in memory."""
+    words = torch.zeros(*ids.shape, vocab_size, device=ids.device)
+    return words.scatter_(-1, ids[..., None], 1.0).permute(0, 3, 1, 2)
 
 
 def to_images(stats: Tensor) -> Tensor:

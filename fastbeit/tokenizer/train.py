@@ -23,7 +23,7 @@ from fastbeit.config import Count, DataConfig, OptimConfig, Positive, Section, S
 from fastbeit.data.index import Index, open_index
 from fastbeit.data.pipeline import BadSamples, Batch, make_loader
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, RunError
-from fastbeit.optim import clip_and_step, learning_rate, make_optimizer, set_learning_rate
+from fastbeit.optim import clip_and_step, learning_rate, make_optimizer, read_moments, set_learning_rate, write_moments
 from fastbeit.rundir import RunLog, Stop, claim
 from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder, one_hot, to_images, to_mapped
 from fastbeit.tokenizer.start import solve_both_ends
@@ -88,6 +88,8 @@ class TokenizerTrainConfig(Section):
             if side % stride:
                 near = max(1, round(side / stride)) * stride
                 raise ValueError(f"image_size wants multiples of {stride}; got {side}; try {near}")
+        if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale wants a range within (0, 1]; got {list(self.crop_scale)}")
         if self.temperature[0] < self.temperature[1]:
             raise ValueError(f"temperature wants start >= end; got {list(self.temperature)}")
         return self
@@ -114,10 +116,6 @@ class DvaeTrainer(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config.architecture), Decoder(config.architecture)
-        # convolutions of few channels run nearly twice as fast on a CPU so
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -173,7 +171,7 @@ def _train(config: TokenizerTrainConfig, index: Index, out: Path, stop: Stop, co
     optimizer = make_optimizer(trainer, config.optim)
     if found:
         trainer.load_state_dict(load_model(found))
-        _load_moments(trainer, optimizer, load_optimizer(found))
+        write_moments(trainer, optimizer, load_optimizer(found))
     else:
         images = [batch.images.to(device) for batch in _batches(config, index, 0, config.start_steps)]
         solve_both_ends(trainer.encoder, trainer.decoder, images, torch.Generator(device).manual_seed(config.seed))
@@ -206,7 +204,9 @@ def _train(config: TokenizerTrainConfig, index: Index, out: Path, stop: Stop, co
             # once in a while: save
             if done % config.save_every == 0 or done == config.steps or stopping:
                 state = {"index": index.fingerprint}
-                save_checkpoint(out / "checkpoints", done, trainer.state_dict(), _moments(trainer, optimizer), state, 1)
+                save_checkpoint(
+                    out / "checkpoints", done, trainer.state_dict(), read_moments(trainer, optimizer), state, 1
+                )
             if stopping:
                 log.say(f"stopped at step {done} of {config.steps}, saved; to go on: {shlex.join(command)}")
                 return PREEMPTED
@@ -250,10 +250,8 @@ class Meter:
             "word_perplexity": usage.perplexity,
             "images_per_s": num_steps * self.config.batch_size / seconds,
         }
-        # few patches cannot show many words
-        warning = usage.warning()
         self._clear()
-        return figures, warning
+        return figures, usage.warning()
 
 
 def _show(log: RunLog, step: int, figures: dict[str, float]) -> None:
@@ -289,21 +287,6 @@ def _resumed_step(checkpoint: Path, index: Index) -> int:
             CHECKPOINT_UNUSABLE,
         )
     return state["step"]
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    return {
-        f"{key}.{name}": value.detach().cpu()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _load_moments(model: nn.Module, optimizer: torch.optim.AdamW, moments: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            key: moments[f"{key}.{name}"].to(parameter.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq")
-        }
 
 
 def _noise(seed: int, step: int, device: torch.device) -> torch.Generator:

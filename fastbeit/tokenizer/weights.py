@@ -1,7 +1,5 @@
 """A tokenizer on disk: `dvae.safetensors` and its card `dvae.json`. Written atomically, read strictly, no pickle."""
 
-import hashlib
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastbeit.config import Section
+from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, RunError
+from fastbeit.files import aside, put_in_place, sha256
 from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder
 
 WEIGHTS, CARD = "dvae.safetensors", "dvae.json"
@@ -19,8 +19,11 @@ FORMAT = 1
 Net = TypeVar("Net", bound=nn.Module)
 
 
-class TokenizerError(Exception):
-    """A tokenizer directory cannot be used; the message says what was wanted, what was found and what to do."""
+class TokenizerError(RunError):
+    """A tokenizer directory cannot be used: exit code 78."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, CHECKPOINT_UNUSABLE)
 
 
 class Card(Section):
@@ -38,13 +41,28 @@ def save_tokenizer(path: Path, encoder: Encoder, decoder: Decoder | None = None,
     Args:
         decoder: None: the tokenizer can encode, not decode.
         origin: facts for the reader of the card: command, data, licence.
+
+    Raises:
+        RunError: the directory cannot be written (exit code 74).
     """
-    path.mkdir(parents=True, exist_ok=True)
     nets = {"encoder": encoder} | ({"decoder": decoder} if decoder else {})
-    tensors = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
-    save_atomically(path / WEIGHTS, tensors)
-    card = Card(format=FORMAT, architecture=encoder.arch, sha256=_sha256(path / WEIGHTS), origin=origin or {})
-    write_atomically(path / CARD, card.model_dump_json(indent=2).encode() + b"\n")
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, net in nets.items()
+        for key, value in net.state_dict().items()
+    }
+    weights, card = path / WEIGHTS, path / CARD
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside(weights))
+        content = Card(
+            format=FORMAT, architecture=encoder.arch, sha256=sha256(aside(weights)), origin=origin or {}
+        ).model_dump_json(indent=2)
+        aside(card).write_text(content + "\n")
+        put_in_place(weights)
+        put_in_place(card)
+    except (OSError, SafetensorError) as err:
+        raise RunError(f"tokenizer cannot be written to '{path}': {err}", CANNOT_WRITE) from err
 
 
 def load_tokenizer(path: Path, device: torch.device | str = "cpu") -> DiscreteVAE:
@@ -55,7 +73,7 @@ def load_tokenizer(path: Path, device: torch.device | str = "cpu") -> DiscreteVA
     """
     path = Path(path)
     card = _read_card(path)
-    found = _sha256(path / WEIGHTS)
+    found = sha256(path / WEIGHTS)
     if found != card.sha256:
         raise TokenizerError(
             f"'{path / WEIGHTS}' wants sha256 {card.sha256[:16]}..., as {CARD} says; found {found[:16]}...: "
@@ -63,36 +81,6 @@ def load_tokenizer(path: Path, device: torch.device | str = "cpu") -> DiscreteVA
         )
     encoder = _read_net(Encoder, "encoder", card.architecture, path, device)
     return DiscreteVAE(encoder, lambda: _read_net(Decoder, "decoder", card.architecture, path, device), found)
-
-
-def save_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file aside, then rename it into place."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    aside = path.with_name(f".{path.name}.part")
-    save_file(tensors, aside, metadata)
-    _commit(aside, path)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file aside, then rename it into place."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_bytes(content)
-    _commit(aside, path)
-
-
-def _commit(aside: Path, path: Path) -> None:
-    # without fsync a power cut can leave the new name on an empty file
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_card(path: Path) -> Card:

@@ -1,0 +1,107 @@
+"""A run that was trained: its newest checkpoint, opened, and what it knows of images that it has not seen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from fastbeit.checkpoint import load_model, load_state, resolve_checkpoint
+from fastbeit.config import Config
+from fastbeit.data.index import Index, open_index
+from fastbeit.engine import World
+from fastbeit.errors import DATA_MISSING, USAGE, RunError
+from fastbeit.evaluate import evaluate, token_histogram, unigram_baseline
+from fastbeit.model.beit import Beit, make_beit
+from fastbeit.tokenizer.dvae import Tokenizer
+from fastbeit.tokenizer.weights import load_tokenizer
+
+NUM_CROPS = 1280  # looked at to measure a figure: its error is then some hundredths of a nat
+LOCAL = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's newest checkpoint, ready to be asked."""
+
+    config: Config
+    step: int
+    checkpoint: Path
+    model: Beit
+    tokenizer: Tokenizer | None
+    index: Index
+    val_index: Index | None
+
+    @property
+    def unseen(self) -> Index:
+        """Held-out images, or those of training where none were held out."""
+        return self.val_index or self.index
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Losses in nats a masked patch (tokens), or squared error (pixels); baselines are None for pixels."""
+
+    held_out: bool  # else all figures are of training images, in unseen crops
+    loss: float
+    accuracy: float
+    baseline: float | None
+    words_in_use: int | None
+    vocab_size: int | None
+    train_crops_loss: float
+    train_crops_accuracy: float
+    train_crops_baseline: float | None
+
+    @property
+    def gain(self) -> float | None:
+        """Nats below the baseline on held-out images."""
+        return None if self.baseline is None else self.baseline - self.loss
+
+    @property
+    def train_crops_gain(self) -> float | None:
+        return None if self.train_crops_baseline is None else self.train_crops_baseline - self.train_crops_loss
+
+
+def open_run(run: Path) -> Trained:
+    """Load the newest verified checkpoint of a run directory, on the CPU.
+
+    Raises:
+        RunError: no run (2), no checkpoint (78), or its images or tokenizer are gone (66).
+    """
+    if not (run / "config.yaml").is_file():
+        raise RunError(f"'{run}' is no run directory: it has no config.yaml", USAGE)
+    checkpoint = resolve_checkpoint(run)
+    config = Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
+    if config.objective == "tokens" and not Path(config.tokenizer.path).is_dir():
+        raise RunError(f"the run's tokenizer '{config.tokenizer.path}' is gone", DATA_MISSING)
+    tokenizer = load_tokenizer(Path(config.tokenizer.path)) if config.objective == "tokens" else None
+    model = make_beit(config, tokenizer.vocab_size if tokenizer else None)
+    model.load_state_dict(load_model(checkpoint))
+    return Trained(
+        config=config,
+        step=load_state(checkpoint)["step"],
+        checkpoint=checkpoint,
+        model=model,
+        tokenizer=tokenizer,
+        index=open_index(Path(config.data.index)),
+        val_index=open_index(Path(config.data.val_index)) if config.data.val_index else None,
+    )
+
+
+def measure(run: Trained) -> Figures:
+    """Loss on held-out images and on unseen crops of training images, beside what a model scores that sees nothing."""
+    config, tokenizer = run.config, run.tokenizer
+    train = evaluate(config, run.model, tokenizer, run.index, LOCAL, NUM_CROPS)
+    val = evaluate(config, run.model, tokenizer, run.val_index, LOCAL, NUM_CROPS) if run.val_index else train
+    words = token_histogram(config, tokenizer, run.index, LOCAL, NUM_CROPS) if tokenizer else None
+    return Figures(
+        held_out=run.val_index is not None,
+        loss=val.loss,
+        accuracy=val.accuracy,
+        baseline=unigram_baseline(words, val.histogram) if words is not None else None,
+        words_in_use=val.words_in_use if tokenizer else None,
+        vocab_size=tokenizer.vocab_size if tokenizer else None,
+        train_crops_loss=train.loss,
+        train_crops_accuracy=train.accuracy,
+        train_crops_baseline=unigram_baseline(words, train.histogram) if words is not None else None,
+    )
