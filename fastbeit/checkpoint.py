@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, RunError
-from fastbeit.files import sha256, sync
+from fastbeit.files import sha256, share, sync
 
 MANIFEST = "MANIFEST.json"
 
@@ -39,8 +39,10 @@ def save_checkpoint(
         (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1))
-        for path in [*aside.iterdir(), aside]:
+        for path in aside.iterdir():
+            share(path)
             sync(path)
+        sync(aside)
         if final.exists():
             # the same step again: after a resume from an older checkpoint, when this one did not verify
             shutil.rmtree(final)

@@ -14,7 +14,7 @@ from fastbeit.photos import gather_photos
 # straight-through words and a computed start: 64 words serve within a minute, where Gumbel-softmax alone keeps a dozen
 TOKENIZER = "image_size=64 crop_scale=[0.2,1] n_hid=16 n_init=64 vocab_size=64 batch_size=32 steps=120 lr=2e-3".split()
 LOGGING = "num_workers=1 log_every=20 save_every=40".split()
-# what a run of this size reached on other machines; below it, something is amiss
+# below these a run of this size has learnt too little to be called learning
 WANTED_GAIN, WANTED_TRAIN_GAIN, WANTED_WORDS = 0.3, 0.5, 48
 
 
@@ -69,8 +69,8 @@ def _say_what_was_learnt(figures: dict, num_train: int) -> None:
     gain = figures["baseline"] - figures["loss"]
     train_gain = figures["train_crops_baseline"] - figures["train_crops_loss"]
     print(
-        f"\nWhat it learnt, in nats a masked patch (fewer is better; the baseline sees nothing and knows how frequent each "
-        f"word is in the training photos):\n"
+        f"\nWhat it learnt, in nats a masked patch (fewer is better; the baseline sees nothing and knows how frequent "
+        f"each word is in the training photos):\n"
         f"  held-out photos               baseline {figures['baseline']:.3f}  model {figures['loss']:.3f}  "
         f"gain {gain:.3f}  (wanted: {WANTED_GAIN})\n"
         f"  unseen crops of the training  baseline {figures['train_crops_baseline']:.3f}  "
@@ -80,4 +80,4 @@ def _say_what_was_learnt(figures: dict, num_train: int) -> None:
     )
     if gain < WANTED_GAIN or train_gain < WANTED_TRAIN_GAIN or figures["words_in_use"] < WANTED_WORDS:
         print("This is less than the demo should reach: too few or too similar photos, or something is amiss.")
-    print(f"{num_train} photos are the limit, not time: the held-out loss is flat at the end of the run.")
+    print(f"With {num_train} photos it learns colours and their neighbourhoods, not objects: photos are the limit.")

@@ -46,7 +46,7 @@ def batches_of(
     config: Config, index: Index, world: World, num_crops: int, token_size: tuple[int, int] | None, seed: int
 ) -> Iterator[Batch]:
     """At least `num_crops` crops, filled up to whole batches; each image as often as any other, but for one."""
-    per_rank = min(MAX_BATCH, math.ceil(min(len(index), num_crops) / world.size))
+    per_rank = min(MAX_BATCH, math.ceil(num_crops / world.size))
     return iter(
         make_loader(
             config.data.model_copy(update={"tail": "wrap", "views": 0, "num_workers": 0}),

@@ -32,4 +32,12 @@ def put_in_place(path: Path) -> None:
     """Rename the finished `aside(path)` to `path`: a reader sees the old file or the new one."""
     # without the sync a power cut can leave the new name on an empty file
     sync(aside(path))
+    share(aside(path))
     os.replace(aside(path), path)
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions of any new one: safetensors writes files that their owner alone can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)

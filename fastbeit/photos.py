@@ -8,21 +8,20 @@ from PIL import Image, ImageOps
 
 from fastbeit.errors import DATA_MISSING, RunError
 
-# photographs only: no drawings, no text, no masks; both views of the motorcycle on one side, since they are one photo
-FOLDERS = {
-    "skimage": "data",
-    "sklearn": "datasets/images",
-    "sporco": "data",
+FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "sporco": "data"}
+# photographs only: no drawings, no text, no masks; the two views of one motorcycle stand on one side
+TRAINING: dict[str, Sequence[str]] = {
+    "skimage": """astronaut.png brick.png camera.png cell.png clock_motion.png coins.png grass.png gravel.png
+        hubble_deep_field.jpg ihc.png microaneurysms.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg
+        rocket.jpg""".split(),
+    "sklearn": ["china.jpg"],
+    "sporco": ["kodim23.png", "monarch.png", "tulips.png"],
 }
-TRAINING: Sequence[str] = """
-    skimage/astronaut.png skimage/brick.png skimage/camera.png skimage/cell.png skimage/clock_motion.png
-    skimage/coins.png skimage/grass.png skimage/gravel.png skimage/hubble_deep_field.jpg skimage/ihc.png skimage/microaneurysms.png
-    skimage/moon.png skimage/motorcycle_left.png skimage/motorcycle_right.png skimage/retina.jpg skimage/rocket.jpg
-    sklearn/china.jpg sporco/kodim23.png sporco/monarch.png sporco/tulips.png
-""".split()
-HELD_OUT: Sequence[str] = (
-    "skimage/chelsea.png skimage/coffee.png sklearn/flower.jpg sporco/barbara.png sporco/sail.png".split()
-)
+HELD_OUT: dict[str, Sequence[str]] = {
+    "skimage": ["chelsea.png", "coffee.png"],
+    "sklearn": ["flower.jpg"],
+    "sporco": ["barbara.png", "sail.png"],
+}
 LONGEST_SIDE = 512  # enough for crops of 64 pixels, and quick to decode
 MAX_PHOTOS = 2000  # of a user's folder: a demo of minutes cannot look at more
 HELD_OUT_SHARE = 6  # every sixth photo of a user's folder is held out
@@ -50,17 +49,17 @@ def gather_photos(folder: Path, source: Path | None) -> tuple[int, int]:
     return len(parts["train"]), len(parts["held_out"])
 
 
-def _installed(names: Sequence[str]) -> list[Path]:
-    found = []
-    for name in names:
-        package, file = name.split("/")
+def _installed(photos: dict[str, Sequence[str]]) -> list[Path]:
+    wanted, found = sum(map(len, photos.values())), []
+    for package, names in photos.items():
         # found, not imported: their import takes seconds and brings more packages along
         spec = find_spec(package)
         folders = (spec and spec.submodule_search_locations) or []
-        found += [path for folder in folders if (path := Path(folder) / FOLDERS[package] / file).is_file()]
-    if len(found) < len(names) // 2:
+        paths = [Path(folder) / FOLDERS[package] / name for folder in folders for name in names]
+        found += [path for path in paths if path.is_file()]
+    if len(found) < wanted // 2:
         raise RunError(
-            f"the demo wants photos of scikit-image, scikit-learn and sporco, and found {len(found)} of {len(names)}; "
+            f"the demo wants photos of scikit-image, scikit-learn and sporco, and found {len(found)} of {wanted}; "
             "pip install 'fastbeit[demo]', or use photos of your own: fastbeit demo --data DIR",
             DATA_MISSING,
         )

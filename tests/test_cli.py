@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fastbeit import __version__
 from fastbeit.cli import main
 from tiny import make_photos, run

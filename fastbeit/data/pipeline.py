@@ -3,6 +3,7 @@
 torch: simplejpeg and torch's antialiased resize. dali: NVIDIA DALI. pillow: as the authors, slow, the reference.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastbeit.config import ConfigError, DataConfig
 from fastbeit.data.decode import decode, decode_reference
 from fastbeit.data.index import DataError, Index
-from fastbeit.data.plans import Batch, Plans, bad_limit, steps_per_epoch
+from fastbeit.data.plans import Batch, Drawn, Plans, bad_limit, steps_per_epoch
 from fastbeit.data.views import Size, pillow_views, torch_views
 from fastbeit.errors import DATA_LIMIT
 
@@ -70,7 +71,10 @@ class CpuBatches(Dataset):
         self.decode, self.views = PIPELINES[plans.data.pipeline]
 
     def __getitem__(self, step: int) -> Batch:
-        drawn = self.plans.draw(step)
+        with _one_thread():
+            return self._make(self.plans.draw(step))
+
+    def _make(self, drawn: Drawn) -> Batch:
         sizes = [self.plans.data.image_size] + ([self.token_size] if self.token_size else [])
         outputs = [np.empty((len(drawn.sample), *size, 3), np.uint8) for size in sizes]
         for row, image in enumerate(self.plans.load(drawn, self.decode)):
@@ -79,6 +83,17 @@ class CpuBatches(Dataset):
                 output[row] = view
         images, *token_images = (torch.from_numpy(output) for output in outputs)
         return drawn.batch(images, *(token_images or [None]))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    # one image is too little work to share: two threads took five times as long as one
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Answer(Dataset):

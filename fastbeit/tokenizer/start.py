@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastbeit.tokenizer.dvae import Conv2d, Decoder, Encoder, one_hot, to_mapped
 
 SHARPNESS = 3.0  # squared distance to a word, in units of the mean one to the nearest, to nats
-RIDGE = 1e-4  # of the mean variance: keeps features that hardly vary from being blown up
+RIDGE = 1e-2  # of the mean variance: large weights of opposite sign would not survive the first steps of training
 ROUNDS = 15  # of k-means: then few points still change their word
 CHUNK = 4096  # points whose distances to all words are held at once
 
