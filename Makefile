@@ -10,7 +10,7 @@ NO_DEPS := dall-e==0.1 sporco==0.2.2.post1
 env: $(VENV)/.made
 
 $(VENV)/.made: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastbeit wants Python 3.10 or newer; set PYTHON=")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt wants Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gpu,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(NO_DEPS)

@@ -5,6 +5,7 @@ micro-batches: each rank divides its sum by the global count, and gradients are 
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +45,11 @@ class World:
 
     def barrier(self) -> None:
         self.sum([0])
+
+    def leave(self) -> None:
+        """The last thing a rank does that ended well."""
+        if self.host_group is not None:
+            dist.destroy_process_group()
 
 
 def start_world(engine: EngineConfig) -> World:
@@ -225,6 +231,8 @@ def _import_deepspeed(device: torch.device) -> Any:
             f"engine.name=deepspeed wants the deepspeed package ({err}); pip install deepspeed", USAGE
         ) from err
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has replaced
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     if device.type == "cpu":
         # its shared-memory collectives are compiled on first use, and a compile that was killed leaves a lock on which
         # every later run waits for ever without a word; gloo needs no compiler

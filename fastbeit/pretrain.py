@@ -162,6 +162,7 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
                 break
             waiting_since = time.perf_counter()
 
+    world.leave()
     if world.rank == 0:
         print(f"checkpoint: {found}")
     return DONE if done == num_steps else PREEMPTED
