@@ -140,11 +140,12 @@ def _report(args: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("-o", "--output", type=Path, help="the page; RUN/report.html when not given")
+    parser.add_argument("--crops", type=int, default=1280, help="measured of held-out and of training images, each")
     options = parser.parse_args(args)
 
     from fastbeit.report import verdict, write_report
 
-    page, figures = write_report(options.run, options.output)
+    page, figures = write_report(options.run, options.output, max(1, options.crops))
     print(f"{verdict(figures)}\nreport: {page}")
     return DONE
 
@@ -161,7 +162,7 @@ def _demo(args: list[str]) -> int:
 
     from fastbeit.demo import run_demo
 
-    return run_demo(options.out, options.data, options.tokenizer, options.pretrain)
+    return run_demo(options.out, options.data, options.tokenizer, options.pretrain, [], ["fastbeit", "demo", *args])
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

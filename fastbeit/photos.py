@@ -1,34 +1,40 @@
-"""Real photos for the demo: those that scikit-image, scikit-learn and sporco carry, or a folder of the user's own."""
+"""Photos for the demo, made small: those that scikit-image, scikit-learn and sporco carry, or the user's own."""
 
-from collections.abc import Sequence
+import io
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from fastbeit.errors import DATA_MISSING, RunError
+from fastbeit.data.decode import BadImage, decode, read_header
+from fastbeit.data.index import build_index, open_index
+from fastbeit.errors import DATA_MISSING, USAGE, RunError
+from fastbeit.files import aside
 
 FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "sporco": "data"}
 # photographs only: no drawings, no text, no masks; the two views of one motorcycle stand on one side
 TRAINING: dict[str, Sequence[str]] = {
-    "skimage": """astronaut.png brick.png camera.png cell.png clock_motion.png coins.png grass.png gravel.png
-        hubble_deep_field.jpg ihc.png microaneurysms.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg
-        rocket.jpg""".split(),
+    "skimage": """astronaut.png brick.png cell.png clock_motion.png coins.png grass.png gravel.png hubble_deep_field.jpg
+        ihc.png microaneurysms.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg rocket.jpg""".split(),
     "sklearn": ["china.jpg"],
-    "sporco": ["kodim23.png", "monarch.png", "tulips.png"],
+    "sporco": ["kodim23.png", "monarch.png", "sail.png", "tulips.png"],
 }
+# an animal, a thing, a flower, a room, and one that is gray as half of the others are
 HELD_OUT: dict[str, Sequence[str]] = {
-    "skimage": ["chelsea.png", "coffee.png"],
+    "skimage": ["camera.png", "chelsea.png", "coffee.png"],
     "sklearn": ["flower.jpg"],
-    "sporco": ["barbara.png", "sail.png"],
+    "sporco": ["barbara.png"],
 }
 LONGEST_SIDE = 512  # enough for crops of 64 pixels, and quick to decode
-MAX_PHOTOS = 2000  # of a user's folder: a demo of minutes cannot look at more
-HELD_OUT_SHARE = 6  # every sixth photo of a user's folder is held out
+MAX_PHOTOS = 400  # of a user's folder: what a demo of minutes can look at
+HELD_OUT_EVERY = 6  # every sixth photo of a user's folder is held out
 
 
 def gather_photos(folder: Path, source: Path | None) -> tuple[int, int]:
-    """Put photos to train on into `folder/train`, others into `folder/held_out`: JPEG, longest side `LONGEST_SIDE`.
+    """Put photos to learn from into `folder/train` and others into `folder/held_out`, once.
 
     Args:
         source: a folder with at least two images; None: the photos of the packages.
@@ -37,65 +43,74 @@ def gather_photos(folder: Path, source: Path | None) -> tuple[int, int]:
         How many of each.
 
     Raises:
-        RunError: there are too few photos, or the packages are not installed (66).
+        RunError: too few photos, or the packages are not installed (66); `folder` holds photos of another source (2).
     """
-    parts = _split(source) if source else {"train": _installed(TRAINING), "held_out": _installed(HELD_OUT)}
-    for part, paths in parts.items():
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        for number, path in enumerate(paths):
-            target = folder / part / f"{number:04}-{path.stem}.jpg"
-            if not target.exists():
-                _shrink(path, target)
-    return len(parts["train"]), len(parts["held_out"])
-
-
-def _installed(photos: dict[str, Sequence[str]]) -> list[Path]:
-    wanted, found = sum(map(len, photos.values())), []
-    for package, names in photos.items():
-        # found, not imported: their import takes seconds and brings more packages along
-        spec = find_spec(package)
-        folders = (spec and spec.submodule_search_locations) or []
-        paths = [Path(folder) / FOLDERS[package] / name for folder in folders for name in names]
-        found += [path for path in paths if path.is_file()]
-    if len(found) < wanted // 2:
+    note, wanted = folder / "source.txt", str(source.resolve()) if source else "installed packages"
+    if not note.is_file():
+        # made aside: what an interruption leaves is not taken for the whole
+        unfinished = aside(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for part in ("train", "held_out"):
+            (unfinished / part).mkdir(parents=True)
+        for photo, target in _own(source, unfinished) if source else _packaged(unfinished):
+            photo.save(target, "JPEG", quality=95)
+        (unfinished / note.name).write_text(wanted)
+        unfinished.rename(folder)
+    elif note.read_text() != wanted:
         raise RunError(
-            f"the demo wants photos of scikit-image, scikit-learn and sporco, and found {len(found)} of {wanted}; "
+            f"'{folder}' holds photos of {note.read_text()}, wanted those of {wanted}; choose another --out", USAGE
+        )
+    return len(list((folder / "train").iterdir())), len(list((folder / "held_out").iterdir()))
+
+
+def _packaged(folder: Path) -> Iterator[tuple[Image.Image, Path]]:
+    """Each photo and where it goes."""
+    found = {"train": _installed(TRAINING), "held_out": _installed(HELD_OUT)}
+    if not all(found.values()):
+        raise RunError(
+            "the demo wants photos of scikit-image, scikit-learn and sporco, which are not installed; "
             "pip install 'fastbeit[demo]', or use photos of your own: fastbeit demo --data DIR",
             DATA_MISSING,
         )
-    return found
+    for part, paths in found.items():
+        for path in paths:
+            yield _shrink(path), folder / part / f"{path.stem}.jpg"
 
 
-def _split(source: Path) -> dict[str, list[Path]]:
-    if not source.is_dir():
-        raise RunError(f"--data wants a folder of photos; '{source}' is none", DATA_MISSING)
-    paths = [path for path in sorted(source.rglob("*")) if path.is_file() and _is_image(path)]
-    if len(paths) < 2:
+def _installed(photos: dict[str, Sequence[str]]) -> list[Path]:
+    paths = []
+    for package, names in photos.items():
+        # found, not imported: their import takes seconds and brings more packages along
+        spec = find_spec(package)
+        places = (spec and spec.submodule_search_locations) or []
+        paths += [Path(place) / FOLDERS[package] / name for place in places for name in names]
+    return [path for path in paths if path.is_file()]
+
+
+def _own(source: Path, folder: Path) -> Iterator[tuple[Image.Image, Path]]:
+    """As `_packaged`, from all over the folder `source`; what cannot be used is said."""
+    print(f"{source}: {build_index(source, folder / 'source.idx')}")
+    index, number = open_index(folder / "source.idx"), 0
+    if len(index) > MAX_PHOTOS:
+        print(f"the demo looks at {MAX_PHOTOS} of them at most, evenly spread")
+    for i in range(0, len(index), -(-len(index) // MAX_PHOTOS)):
+        try:
+            photo = _shrink(index.path(i))
+        except (OSError, BadImage) as err:
+            print(f"passed over: '{index.path(i)}': {err}", file=sys.stderr)
+            continue
+        yield photo, folder / ("train" if number % HELD_OUT_EVERY else "held_out") / f"{number:04}.jpg"
+        number += 1
+    if number < 2:
         raise RunError(
-            f"--data wants at least 2 photos, one to learn from and one to be asked about; '{source}' has {len(paths)}",
+            f"the demo wants at least 2 photos, one to learn from and one to be asked about; '{source}' has {number}",
             DATA_MISSING,
         )
-    paths = paths[:: -(-len(paths) // MAX_PHOTOS)]
-    held_out = paths[::HELD_OUT_SHARE]
-    return {"train": [path for path in paths if path not in held_out], "held_out": held_out}
 
 
-def _is_image(path: Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            image.verify()
-        return True
-    # Pillow raises nearly any type on files that are no images
-    except Exception:
-        return False
-
-
-def _shrink(path: Path, target: Path) -> None:
-    with Image.open(path) as image:
-        # decoded at once at a smaller size, where the format can
-        image.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))
-        photo = ImageOps.exif_transpose(image).convert("RGB")
-    photo.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    unfinished = target.with_suffix(".part")
-    photo.save(unfinished, "JPEG", quality=95)
-    unfinished.rename(target)
+def _shrink(path: Path) -> Image.Image:
+    data = path.read_bytes()
+    photo = Image.fromarray(decode(data, read_header(io.BytesIO(data))))
+    # a first, coarse step makes the resampling of a large photo several times as fast
+    photo.thumbnail((LONGEST_SIDE, LONGEST_SIDE), reducing_gap=2)
+    return photo

@@ -30,7 +30,7 @@ def test_the_help_of_pretrain_shows_every_field_with_its_default(capsys):
     "args, code, message",
     [
         ([], 2, ""),
-        (["pretain"], 2, "no verb 'pretain'; there are index"),
+        (["pretain"], 2, "no verb 'pretain'; there are demo, index"),
         (["pretrain", "nowhere.yaml"], 2, "no config file 'nowhere.yaml'"),
         (["--local_rank=0", "pretrain", "nowhere.yaml"], 2, "no config file"),
         (["index", "nowhere", "-o", "x.idx"], 66, "'nowhere' does not exist"),

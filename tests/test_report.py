@@ -1,5 +1,7 @@
 """The page of a run: what it shows is what the run did, and it needs nothing but itself."""
 
+import base64
+import io
 import json
 import shutil
 from html.parser import HTMLParser
@@ -8,16 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastbeit.config import load_config
 from fastbeit.data.index import build_index
 from fastbeit.errors import RunError
 from fastbeit.evaluate import unigram_baseline
-from fastbeit.pictures import GRAY, hide, prediction_panels
+from fastbeit.pictures import GRAY, hide, look_at, make_panels
 from fastbeit.pretrain import pretrain
 from fastbeit.report import verdict, write_report
+from fastbeit.tokenizer.dvae import Architecture, Decoder
+from fastbeit.tokenizer.weights import load_tokenizer, save_tokenizer
 from fastbeit.trained import Figures, open_run
-from tiny import make_parts, make_photos, write_config
+from tiny import make_parts, make_photos, make_tokenizer, write_config
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +54,87 @@ class Links(HTMLParser):
 @pytest.mark.parametrize("objective", ["tokens", "pixels"])
 def test_the_page_stands_alone(make_run, objective):
     run = make_run(objective, f"objective={objective}", "optim.steps=3", "log.val_every=2")
-    page, figures = write_report(run)
+    page, figures = write_report(run, None, num_crops=40)
     links = Links()
     links.feed(page.read_text())
     assert links.tags.count("img") == 2
     assert all(source.startswith("data:image/png;base64,") for source in links.sources)
+    assert "http" not in page.read_text() and "url(" not in page.read_text()
+    drawn = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size for source in links.sources]
+    assert all(min(size) > 300 for size in drawn)
     assert {path.name for path in (run / "report").iterdir()} == {"curves.png", "predictions.png", "report.json"}
-    assert json.loads((run / "report/report.json").read_text())["loss"] == figures.loss
+    assert json.loads((run / "report/report.json").read_text())["figures"]["loss"] == figures.loss
     assert f"{figures.loss:.3f}" in page.read_text() and verdict(figures)[:20] in page.read_text()
     assert (figures.baseline is None) == (objective == "pixels")
 
 
-def test_the_panels_are_what_they_say(make_run):
-    """Gray where masked and nowhere else; the true token where not masked, the model's where it is."""
-    run = open_run(make_run("panels", "optim.steps=1"))
-    panels = prediction_panels(run)
-    original, seen, predicted, truth = panels.values()
-    assert original.shape == truth.shape == (4, 32, 32, 3)
-    patches = (seen == GRAY).reshape(4, 4, 8, 4, 8, 3).all((2, 4, 5))
-    assert 1 <= patches.sum((1, 2)).min() and patches.sum((1, 2)).max() <= 6
-    unmasked = ~patches.repeat(8, 1).repeat(8, 2)
-    np.testing.assert_array_equal(seen[unmasked], original[unmasked])
-    assert run.tokenizer is not None
-    # decoded images agree where no masked patch is in the decoder's sight: at least where nothing is masked at all
-    tokens = run.tokenizer.encode(torch.from_numpy(original))
-    np.testing.assert_array_equal(run.tokenizer.decode(tokens).numpy().shape, predicted.shape)
+@pytest.fixture(scope="module")
+def blocks(make_run, tmp_path_factory) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Panels and facts of a run whose decoder looks at one token at a time, and whose model says one word always."""
+    local = make_tokenizer(tmp_path_factory.mktemp("local") / "dvae", seed=1)
+    decoder = Decoder(Architecture(n_hid=8, n_init=8, vocab_size=32))
+    with torch.no_grad():
+        for weight in (value for name, value in decoder.named_parameters() if name.endswith("w")):
+            centre = weight.shape[-1] // 2
+            alone = torch.zeros_like(weight)
+            alone[..., centre, centre] = weight[..., centre, centre]
+            # far from the start, so that words look different
+            weight.copy_(alone * 4)
+    save_tokenizer(local, load_tokenizer(local)._encoder, decoder)
+    run = open_run(make_run("blocks", "optim.steps=1", f"tokenizer.path={local}"))
+    with torch.no_grad():
+        run.model.lm_head.weight.zero_()
+        run.model.lm_head.bias.copy_(torch.arange(32) == 7)
+    look = look_at(run)
+    panels = {title: images.numpy() for title, images in make_panels(run, look).items()}
+    assert run.tokenizer
+    word = run.tokenizer.decode(torch.full((1, 1), 7)).numpy()
+    return panels, {"masked": look.masked.numpy(), "word": word[0]}
+
+
+def patches(images: np.ndarray) -> np.ndarray:
+    """[n, N, 8, 8, 3] of [n, 32, 32, 3]."""
+    return images.reshape(-1, 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(-1, 16, 8, 8, 3)
+
+
+def test_the_masked_patches_are_gray_and_no_others(blocks):
+    panels, facts = blocks
+    seen, original = patches(panels["what the model sees"]), patches(panels["original"])
+    assert 4 <= facts["masked"].sum() <= 4 * 6
+    assert (seen[facts["masked"]] == GRAY).all()
+    np.testing.assert_array_equal(seen[~facts["masked"]], original[~facts["masked"]])
+    assert not (original[~facts["masked"]] == GRAY).all((1, 2, 3)).any()
+
+
+def test_the_prediction_shows_the_model_where_masked_and_the_truth_elsewhere(blocks):
+    panels, facts = blocks
+    predicted, truth = patches(panels["its prediction, decoded"]), patches(panels["true tokens, decoded"])
+    assert (predicted[facts["masked"]] == facts["word"]).all()
+    np.testing.assert_array_equal(predicted[~facts["masked"]], truth[~facts["masked"]])
+    assert len(np.unique(truth.reshape(-1, 8 * 8 * 3), axis=0)) > 4
+
+
+def test_pixels_are_painted_where_masked(make_run):
+    run = open_run(make_run("pixels", "objective=pixels", "optim.steps=3", "log.val_every=2"))
+    with torch.no_grad():
+        run.model.lm_head.weight.zero_()
+        # red, with mean and standard deviation 0.5: 255, 0, 0
+        run.model.lm_head.bias.copy_(torch.tensor([1.0, -1.0, -1.0]).repeat_interleave(64))
+    look = look_at(run)
+    panels = make_panels(run, look)
+    assert list(panels) == ["original", "what the model sees", "its prediction"]
+    painted, original, masked = (
+        patches(panels["its prediction"].numpy()),
+        patches(look.images.numpy()),
+        look.masked.numpy(),
+    )
+    assert (painted[masked] == [255, 0, 0]).all()
+    np.testing.assert_array_equal(painted[~masked], original[~masked])
+
+
+def test_where_nothing_is_masked_every_patch_is_shown_as_predicted(make_run):
+    look = look_at(open_run(make_run("open", "mask=none", "predict=all", "optim.steps=1")))
+    assert not look.masked.any() and look.predicted.all()
 
 
 def test_hide_paints_masked_patches_of_a_rectangle():
@@ -86,16 +147,32 @@ def test_hide_paints_masked_patches_of_a_rectangle():
 
 def test_a_report_of_a_run_without_held_out_images_says_so(make_run):
     run = make_run("alone", "optim.steps=1", "data.val_index=")
-    page, figures = write_report(run)
+    with (run / "log.jsonl").open("a") as log:
+        # a line on its way
+        log.write('{"step": 2, "lo')
+    page, figures = write_report(run, None, num_crops=12)
     assert not figures.held_out and "none were held out" in page.read_text()
 
 
 def test_a_folder_that_is_no_run_or_has_no_checkpoint_is_said(make_run, tmp_path):
     with pytest.raises(RunError, match="is no run directory"):
-        write_report(tmp_path)
-    shutil.copy(make_run("panels", "optim.steps=1") / "config.yaml", tmp_path)
+        write_report(tmp_path, None, 12)
+    shutil.copy(make_run("alone", "optim.steps=1", "data.val_index=") / "config.yaml", tmp_path)
     with pytest.raises(RunError, match="no checkpoint in"):
-        write_report(tmp_path)
+        write_report(tmp_path, None, 12)
+
+
+def test_another_tokenizer_or_none_is_said(make_run, tmp_path):
+    mine = make_tokenizer(tmp_path / "dvae", seed=2)
+    run = make_run("other", "optim.steps=1", f"tokenizer.path={mine}")
+    make_tokenizer(mine, seed=3)
+    with pytest.raises(RunError, match="is not the tokenizer that the run was trained with") as caught:
+        write_report(run, None, 12)
+    assert caught.value.exit_code == 78
+    shutil.rmtree(mine)
+    with pytest.raises(RunError, match="tokenizer .* is gone") as caught:
+        write_report(run, None, 12)
+    assert caught.value.exit_code == 66
 
 
 def test_the_baseline_is_the_smoothed_cross_entropy():
@@ -105,5 +182,5 @@ def test_the_baseline_is_the_smoothed_cross_entropy():
 
 
 def test_a_model_that_learnt_nothing_is_called_so():
-    figures = Figures(True, 4.2, 0.01, 4.1, 50, 64, 4.0, 0.02, 4.1)
+    figures = Figures(True, 4.2, 0.01, 4.1, 3.9, 50, 64, 4.0, 0.02, 4.1)
     assert "has learnt nothing of use" in verdict(figures)

@@ -128,8 +128,9 @@ def _cpu_batches(batches: CpuBatches, steps: range, num_workers: int) -> Iterato
 
 
 def _begin_worker(worker: int) -> None:
-    # Ctrl-C reaches every process; the training process decides what it means
+    # Ctrl-C and a scheduler's SIGTERM reach every process; the training process decides what they mean
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class BadSamples:
