@@ -176,13 +176,17 @@ def test_a_signal_saves(parts, tmp_path, number, code):
     settings = [f"{key}={value}" for key, value in parts.items() if key != "config"]
     # 12 steps a second: long enough that the signal comes in the middle
     num_steps = 30 if number == signal.SIGUSR1 else 5000
-    args = ["-m", "fastbeit", "pretrain", parts["config"], *settings, f"out={out}", f"optim.steps={num_steps}"]
-    process = subprocess.Popen([sys.executable, *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    settings += [f"out={out}", f"optim.steps={num_steps}", "data.num_workers=1"]
+    command = [sys.executable, "-m", "fastbeit", "pretrain", parts["config"], *settings]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text().count("\n"):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
-    os.kill(process.pid, number)
+    # to the whole group, decoding process and all, as a terminal and a scheduler do
+    os.killpg(process.pid, number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
     assert resolve_checkpoint(out).name in stdout
