@@ -81,7 +81,7 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
 
     meter = Meter(world, optim.batch_size)
     bad_samples = BadSamples(out / "bad_samples.jsonl", len(index))
-    batches = make_loader(
+    loader = make_loader(
         config.data,
         index,
         token_size=token_size,
@@ -105,6 +105,7 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
     drop_rates = [config.model.drop_path * i / max(1, config.model.depth - 1) for i in range(config.model.depth)]
     done = first_step
     with (
+        contextlib.closing(loader) as batches,
         RunLog(out if world.rank == 0 else None, first_step, num_steps) as log,
         _profiler(config, out, world) as profiler,
     ):

@@ -15,7 +15,7 @@ from fastbeit.checkpoint import load_model, load_optimizer, resolve_checkpoint
 from fastbeit.config import load_config
 from fastbeit.errors import RunError
 from fastbeit.pretrain import pretrain
-from tiny import make_parts, make_photos, make_tokenizer, write_config
+from tiny import make_parts, make_photos, make_tokenizer, run, write_config
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_weights_whole(train, t
         train(optim__lr="1e30", optim__warmup_steps=0, optim__clip_grad=0, optim__steps=50, log__save_every=1)
     weights = load_model(resolve_checkpoint(tmp_path / "run"))
     assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())
+
+
+def test_a_run_that_fails_ends_with_its_workers(parts, tmp_path):
+    """A decoding process that outlived the loop would keep the command from ending."""
+    settings = [f"{key}={value}" for key, value in parts.items() if key != "config"]
+    settings += [f"out={tmp_path / 'run'}", "data.num_workers=1", "optim.steps=500", "optim.warmup_steps=0"]
+    done = run("pretrain", parts["config"], *settings, "optim.lr=1e30", "optim.clip_grad=0", timeout=60)
+    assert done.returncode == 1 and "not finite in the last 5 steps" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_out_of_another_run_is_refused(train, tmp_path):

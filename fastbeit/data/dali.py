@@ -8,7 +8,7 @@ The GPU form of the graph has not been run yet.
 # DALI makes its operators and types while it is imported: pyright cannot see them
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from fastbeit.data.plans import Batch, Plans
 from fastbeit.data.views import Size, jitter, jitter_rounds
 
 
-def dali_batches(plans: Plans, token_size: Size | None, steps: range) -> Iterator[Batch]:
+def dali_batches(plans: Plans, token_size: Size | None, steps: range) -> Generator[Batch, None, None]:
     """Batches as `make_loader` gives them; images lie on the GPU when there is one."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     pipeline = _views(

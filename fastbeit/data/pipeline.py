@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,8 @@ def make_loader(
     world_size: int,
     first_step: int,
     num_steps: int,
-) -> Iterable[Batch]:
-    """The batches of steps `first_step` to `num_steps` - 1 for one rank.
+) -> Generator[Batch, None, None]:
+    """The batches of steps `first_step` to `num_steps` - 1 for one rank; close it, and its processes end.
 
     Args:
         token_size: height and width of the token view, None for none.
@@ -109,7 +109,7 @@ class _Answer(Dataset):
             return err
 
 
-def _cpu_batches(batches: CpuBatches, steps: range, num_workers: int) -> Iterator[Batch]:
+def _cpu_batches(batches: CpuBatches, steps: range, num_workers: int) -> Generator[Batch, None, None]:
     # more processes than cores would only take turns
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(num_workers, cores)
@@ -130,7 +130,8 @@ def _cpu_batches(batches: CpuBatches, steps: range, num_workers: int) -> Iterato
 def _begin_worker(worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach every process; the training process decides what they mean
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # once: a worker that is stuck must still end when the training process ends
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class BadSamples:

@@ -7,10 +7,11 @@ which trained on 250 M images: words are drawn straight-through, so that the dec
 the entropy H of the words that a batch uses is rewarded: a small run would otherwise leave most of them unused.
 """
 
+import contextlib
 import math
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -178,10 +179,11 @@ def _train(config: TokenizerTrainConfig, index: Index, out: Path, stop: Stop, co
 
     bad_samples = BadSamples(out / "bad_samples.jsonl", len(index))
     meter = Meter(config, device)
-    with RunLog(out, first_step, config.steps) as log:
+    loader = _batches(config, index, first_step, config.steps)
+    with contextlib.closing(loader) as batches, RunLog(out, first_step, config.steps) as log:
         for problem in problems:
             log.say(f"checkpoint passed over: {problem}")
-        for step, batch in enumerate(_batches(config, index, first_step, config.steps), first_step):
+        for step, batch in enumerate(batches, first_step):
             lr = learning_rate(step, config.steps, config.optim.warmup_steps, config.optim)
             set_learning_rate(optimizer, lr)
             optimizer.zero_grad()
@@ -264,7 +266,9 @@ def _show(log: RunLog, step: int, figures: dict[str, float]) -> None:
         log.say(f"step {step}/{log.num_steps}  {text}")
 
 
-def _batches(config: TokenizerTrainConfig, index: Index, first_step: int, num_steps: int) -> Iterable[Batch]:
+def _batches(
+    config: TokenizerTrainConfig, index: Index, first_step: int, num_steps: int
+) -> Generator[Batch, None, None]:
     return make_loader(
         config.data,
         index,
