@@ -18,6 +18,7 @@ from fastbeit.engine import World
 from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import Beit
 from fastbeit.tokenizer.dvae import Tokenizer
+from fastbeit.tokenizer.usage import word_usage
 
 MAX_BATCH = 256  # images a rank looks at together
 SMOOTHING = 0.5  # added to each word's count, so that an unseen word costs much but not everything
@@ -94,12 +95,9 @@ def evaluate(
 
 def token_histogram(config: Config, tokenizer: Tokenizer, index: Index, world: World, num_crops: int) -> Tensor:
     """[V] int64: how often each word stands in crops that training draws, on this rank."""
-    histogram = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
-    for batch in batches_of(config, index, world, num_crops, tokenizer.view_size(config.grid), config.seed):
-        tokens = visual_tokens(tokenizer, batch, world.device)
-        assert tokens is not None  # a token size was asked for
-        histogram += torch.bincount(tokens.flatten(), minlength=len(histogram)).cpu()
-    return histogram
+    batches = batches_of(config, index, world, num_crops, tokenizer.view_size(config.grid), config.seed)
+    views = (batch.token_images for batch in batches if batch.token_images is not None)
+    return word_usage(tokenizer, views).histogram
 
 
 def unigram_baseline(training: Tensor, held_out: Tensor) -> float:
