@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import torch
+from torch import Tensor
 
 Backend = Literal["auto", "triton", "reference"]
 HAS_TRITON = find_spec("triton") is not None
@@ -54,3 +55,12 @@ def uses_triton(backend: Backend, device: torch.device) -> bool:
             "or, to debug, set TRITON_INTERPRET=1 before anything imports triton"
         )
     return True
+
+
+def product_dtype(dtype: torch.dtype | None, like: Tensor) -> torch.dtype:
+    """What a matrix product computes in: `dtype` if given, else autocast's where it is on, else that of `like`."""
+    if dtype is not None:
+        return dtype
+    if torch.is_autocast_enabled(like.device.type):
+        return torch.get_autocast_dtype(like.device.type)
+    return like.dtype

@@ -3,12 +3,16 @@
 Under FakeTensor, and to any other mode, an op is one opaque call.
 """
 
+import random
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastbeit_kernels.backend import INTERPRETED
 
 aten = torch.ops.aten
 GUARD_BYTES = 4096  # on each side of a buffer; a multiple of 16, so that accesses stay aligned
@@ -66,3 +70,21 @@ def between_nans(values: Tensor) -> Tensor:
     absurd = float("nan") if values.is_floating_point() else 2**40
     padded = values.new_full((values.numel() + 2 * GUARD_BYTES,), absurd)
     return padded[GUARD_BYTES:-GUARD_BYTES].view(values.shape).copy_(values)
+
+
+def shuffle_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the programs of each interpreted launch in a shuffled order; a GPU has an order of its own."""
+    if not INTERPRETED:
+        return
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    set_grid_idx = builder.set_grid_idx
+
+    def shuffled(*index: int) -> None:
+        (columns, rows, layers), (x, y, z) = builder.grid_dim, index
+        order = list(range(columns * rows * layers))
+        random.Random(len(order)).shuffle(order)
+        place = order[(z * rows + y) * columns + x]
+        set_grid_idx(place % columns, place // columns % rows, place // (columns * rows))
+
+    monkeypatch.setattr(builder, "set_grid_idx", shuffled)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from launchers import GuardZones, NoSync, between_nans
+from launchers import GuardZones, NoSync, between_nans, shuffle_programs
 from numerics import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -164,23 +164,11 @@ def test_programs_are_independent_and_write_only_their_own(device: str, monkeypa
     zones.check()
     with NoSync():
         run_triton(logits, labels, torch.tensor(5, device=device))
-    if INTERPRETED:
-        run_programs_backwards(monkeypatch)
-    backwards = run_triton(logits, labels)
-    for other in (again, guarded, backwards):
+    shuffle_programs(monkeypatch)
+    shuffled = run_triton(logits, labels)
+    for other in (again, guarded, shuffled):
         for name, a, b in zip(("loss", "grad_logits", "num_correct"), first, other, strict=True):
             assert torch.equal(a, b), f"{name} differs between two runs"
-
-
-def run_programs_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime.interpreter import interpreter_builder as builder
-
-    set_grid_idx = builder.set_grid_idx
-
-    def backwards(*index: int) -> None:
-        set_grid_idx(*(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
-
-    monkeypatch.setattr(builder, "set_grid_idx", backwards)
 
 
 def test_without_a_gradient_none_is_written(device: str):
