@@ -8,14 +8,23 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-CUDA = (80, 90, 100)
+# bytes of shared memory that a block may have. CUDA C programming guide, technical specifications by compute
+# capability; AMD CDNA 3 ISA, local data share
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+TARGETS = tuple(SHARED_LIMIT)
+# the matrix instructions of each generation: HMMA serves a warp, HGMMA four, UTCHMMA and its kin a whole program
+MMA = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"\bv_mfma"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as its launcher launches it; pointers that `pointers` does not name are of `dtype`."""
+    """A kernel as its launcher launches it, and what its code must look like.
+
+    Pointers that `pointers` does not name are of `dtype`. Bulk is what grows with the problem; a kernel that loads
+    (stores) it does so 128 bits at a time, beside at most `narrow_loads` (`narrow_stores`) other accesses.
+    """
 
     kernel: Any
     variant: str
@@ -23,6 +32,15 @@ class Case:
     pointers: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any]
+    loads_bulk: bool = True
+    stores_bulk: bool = True
+    narrow_loads: int = 0
+    narrow_stores: int = 0
+    multiplies: bool = False  # in the units for matrices, hence in 16 bits
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        return self.kernel.fn.__name__, self.variant, self.dtype
 
     def source(self) -> Any:
         from triton.compiler import ASTSource
@@ -38,18 +56,37 @@ class Case:
         return ASTSource(self.kernel, signature, constexprs=self.constants, attrs=attrs)
 
 
-def accesses(assembly: str, load: str, store: str, wide: str) -> tuple[int, int, int, int]:
-    """Count loads from global memory, 128-bit ones and others, and stores alike."""
+class Compiled(NamedTuple):
+    """What one thread uses and executes; `shared` is bytes of a block, `wide` 128 bits or more."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+    mma: int
+
+
+def compiled_for(case: Case, target: str) -> Compiled:
+    return _for_amd(case, target) if target.startswith("gfx") else _for_nvidia(case, target)
+
+
+def _accesses(assembly: str, load: str, store: str, wide: str) -> tuple[int, int, int, int]:
+    """Count loads from global memory, wide ones and others, and stores alike."""
     loads, stores = (re.findall(rf"\b{pattern}\S*", assembly) for pattern in (load, store))
-    wide_loads, wide_stores = (sum(wide in access for access in found) for found in (loads, stores))
+    wide_loads, wide_stores = (sum(bool(re.search(wide, access)) for access in found) for found in (loads, stores))
     return wide_loads, len(loads) - wide_loads, wide_stores, len(stores) - wide_stores
 
 
-def compiled_for_cuda(case: Case, arch: int) -> tuple[int, ...]:
+def _for_nvidia(case: Case, target: str) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    kernel = triton.compile(case.source(), target=GPUTarget("cuda", arch, 32), options=case.options)
+    arch = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    kernel = triton.compile(case.source(), target=arch, options=case.options)
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -58,20 +95,28 @@ def compiled_for_cuda(case: Case, arch: int) -> tuple[int, ...]:
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", sass)[0]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return int(registers), int(stack), spills, kernel.metadata.shared, *accesses(sass, "LDG", "STG", ".128")
+    wide = _accesses(sass, "LDG", "STG", r"\.(128|256)\b")  # LDGSTS too, straight into shared memory
+    return Compiled(
+        int(registers), int(stack), spills, kernel.metadata.shared, *wide, mma=len(re.findall(MMA[target], sass))
+    )
 
 
-def compiled_for_mi300(case: Case) -> tuple[int, ...]:
+def _for_amd(case: Case, target: str) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
 
     # a device assertion brings some 70 accesses of its own, to print with: width is judged without, the rest with it
-    shipped, silent = (
-        triton.compile(case.source(), target=GPUTarget("hip", "gfx942", 64), options=case.options | dict(debug=debug))
-        for debug in (case.options["debug"], False)
-    )
+    assertions = {case.options.get("debug", False), False}
+    kernels = {
+        debug: triton.compile(
+            case.source(), target=GPUTarget("hip", target, 64), options=case.options | {"debug": debug}
+        )
+        for debug in assertions
+    }
+    shipped, silent = kernels[case.options.get("debug", False)], kernels[False]
     assembly = shipped.asm["amdgcn"]
     fields = "vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"
     registers, stack, *spills = (int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0]) for name in fields)
-    wide = accesses(silent.asm["amdgcn"], "(?:global|buffer|flat)_load", "(?:global|buffer|flat)_store", "dwordx4")
-    return registers, stack, sum(spills), shipped.metadata.shared, *wide
+    wide = _accesses(silent.asm["amdgcn"], "(?:global|buffer|flat)_load", "(?:global|buffer|flat)_store", "dwordx4")
+    mma = len(re.findall(MMA[target], assembly))
+    return Compiled(registers, stack, sum(spills), shipped.metadata.shared, *wide, mma=mma)

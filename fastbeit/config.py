@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fastbeit.errors import USAGE, RunError
 
+MAX_GRID = 32  # patches a side that `fastbeit_kernels.block_masks` holds in registers
 MAX_YAML_BYTES = 1 << 20  # a config is a page; what is larger is a mistake or an attack on the parser
 
 
@@ -164,6 +165,14 @@ class EngineConfig(Section):
     compile: bool = Field(default=False, description="torch.compile the model")
 
 
+class KernelsConfig(Section):
+    """Who computes the fused operators: masked embedding, loss, masks (design D5)."""
+
+    backend: Literal["auto", "triton", "reference"] = Field(
+        default="auto", description="triton: its kernels; reference: plain PyTorch; auto: triton on cuda"
+    )
+
+
 class LogConfig(Section):
     """What a run says and keeps."""
 
@@ -195,6 +204,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
+    kernels: KernelsConfig = KernelsConfig()
     log: LogConfig = LogConfig()
 
     @property
@@ -219,6 +229,11 @@ class Config(Section):
             raise ValueError(
                 f"masking.num_masked {self.masking.num_masked} is more than the {self.num_patches} patches of a "
                 f"{self.grid[0]}x{self.grid[1]} grid; BEiT masks 40 %: try {max(1, round(0.4 * self.num_patches))}"
+            )
+        if self.mask != "none" and max(self.grid) > MAX_GRID:
+            raise ValueError(
+                f"a grid of {self.grid[0]}x{self.grid[1]} patches: masks are drawn for at most {MAX_GRID} a side; "
+                "take larger patches or smaller images"
             )
         if self.mask == "blockwise" and self.masking.min_block > self.masking.num_masked:
             raise ValueError(

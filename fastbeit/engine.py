@@ -35,6 +35,12 @@ class World:
         dist.all_reduce(total, group=self.host_group)
         return total.tolist()
 
+    def add(self, values: Tensor) -> Tensor:
+        """Add a tensor over the ranks, in place and on their devices: no host waits."""
+        if self.host_group is not None:
+            dist.all_reduce(values)
+        return values
+
     def gather(self, items: list) -> list:
         """The ranks' lists, one after the other."""
         if self.host_group is None:
@@ -81,11 +87,12 @@ _LAUNCHER = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 class Engine(Protocol):
     """Calls the model, adds its gradients over ranks, updates its weights."""
 
-    def accumulate(self, inputs: tuple, count: float, is_last: bool) -> tuple[Tensor, Tensor]:
+    def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """Run `model(*inputs)` forward and backward on one micro-batch.
 
         Args:
-            count: what the sum of losses is divided by: labelled slots of the whole step, over ranks and micro-batches.
+            count: what the sum of losses is divided by: labelled slots of the whole step, over ranks and micro-batches;
+                a scalar on the device, at least 1.
             is_last: the step's last micro-batch, after which gradients travel.
 
         Returns:
@@ -138,7 +145,7 @@ class TorchEngine:
             devices = [world.device] if world.device.type == "cuda" else None
             self.ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
-    def accumulate(self, inputs: tuple, count: float, is_last: bool) -> tuple[Tensor, Tensor]:
+    def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         if self.ddp is not None:
             self.ddp.require_backward_grad_sync = is_last
         with self.autocast:
@@ -174,7 +181,7 @@ class DeepSpeedEngine:
         )
         self.optimizer: Any = wrapped  # a ZeRO optimizer, whose attributes DeepSpeed does not declare
 
-    def accumulate(self, inputs: tuple, count: float, is_last: bool) -> tuple[Tensor, Tensor]:
+    def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         loss_sum, num_correct = self.engine(*inputs)
         # DeepSpeed averages over ranks; the sum is wanted
         self.engine.backward(loss_sum * (self.world.size / count), scale_wrt_gas=False)

@@ -80,10 +80,10 @@ def evaluate(
     histogram = torch.zeros(tokenizer.vocab_size if tokenizer else 0, dtype=torch.int64, device=world.device)
     num_predicted, seed = 0, held_out_seed(config)
     for batch in batches_of(config, index, world, num_crops, token_size, seed):
-        epoch, sample = batch.epoch.numpy(), batch.sample.numpy()
-        masks = draw_masks(config.mask, config.masking, config.grid, seed, epoch, sample)
+        samples = batch.epoch.to(world.device), batch.sample.to(world.device)
+        masks = draw_masks(config.mask, config.masking, config.grid, seed, *samples, config.kernels.backend)
         tokens = visual_tokens(tokenizer, batch, world.device)
-        plan = plan_prediction(masks.to(world.device), config.num_patches, config.predict, tokens)
+        plan = plan_prediction(masks, config.num_patches, config.predict, tokens)
         loss_sum, num_correct = model(batch.images.to(world.device), plan.masked, plan.predict_idx, plan.labels)
         sums += torch.stack([loss_sum.double(), num_correct.double()])
         num_predicted += int((plan.labels != UNUSED).sum())

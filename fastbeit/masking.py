@@ -10,15 +10,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastbeit.config import MaskingConfig
-from fastbeit.data.sampling import Purpose, uniform
+from fastbeit_kernels.backend import Backend
+from fastbeit_kernels.block_masks import ATTEMPTS, block_masks, random_masks
 
-ATTEMPTS = 10  # draws for one block before the mask is left as it is
-WORDS = 4  # random numbers an attempt: area, aspect ratio, top, left; one Philox counter
-ATTEMPTS_A_CALL = 8  # Philox is called for so many attempts at once: a mask takes about 11
 UNUSED = -100  # label of a slot that the loss leaves out
 
 
@@ -31,9 +28,6 @@ class Masks:
 
     masked_idx: Tensor  # [B, M] int64
     num_masked: Tensor  # [B] int64, at most M
-
-    def to(self, device: torch.device) -> "Masks":
-        return Masks(*(t.to(device, non_blocking=True) for t in (self.masked_idx, self.num_masked)))
 
 
 @dataclass(frozen=True)
@@ -82,77 +76,22 @@ def draw_masks(
     masking: MaskingConfig,
     grid: tuple[int, int],
     seed: int,
-    epoch: ArrayLike,
-    sample: ArrayLike,
+    epoch: Tensor,
+    sample: Tensor,
+    backend: Backend = "auto",
 ) -> Masks:
-    """The masks of some samples: a function of (seed, epoch, sample), not of the batch they stand in.
+    """The masks of some samples, on their device: a function of (seed, epoch, sample), not of the batch they stand in.
 
     Args:
         kind: blockwise: at most `masking.num_masked` patches in blocks; random: exactly so many; none: no slots at all.
-        epoch, sample: [B] integers; one epoch may stand for all.
+        epoch, sample: [B] int64.
     """
-    epoch, sample = np.broadcast_arrays(epoch, sample)
-    if kind == "blockwise":
-        mask = _blockwise_masks(masking, grid, seed, epoch, sample)
-    elif kind == "random":
-        mask = _random_masks(masking.num_masked, grid, seed, epoch, sample)
-    else:
-        mask = np.zeros((len(sample), 0), dtype=bool)
-    # a stable sort puts the masked patches first, and each part in row-major order
-    slots = np.argsort(~mask, axis=1, kind="stable")[:, : masking.num_masked]
-    return Masks(torch.from_numpy(slots), torch.from_numpy(mask.sum(1)))
-
-
-def _random_masks(
-    num_masked: int, grid: tuple[int, int], seed: int, epoch: np.ndarray, sample: np.ndarray
-) -> np.ndarray:
-    """[B, N] bool: the patches with the smallest keys."""
-    keys = uniform(seed, Purpose.MASK, epoch, sample, grid[0] * grid[1])
-    mask = np.zeros(keys.shape, dtype=bool)
-    np.put_along_axis(mask, np.argsort(keys, axis=1, kind="stable")[:, :num_masked], True, axis=1)
-    return mask
-
-
-def _blockwise_masks(
-    masking: MaskingConfig, grid: tuple[int, int], seed: int, epoch: np.ndarray, sample: np.ndarray
-) -> np.ndarray:
-    """[B, N] bool, `blockwise_mask` for all samples in step: attempt k of a sample uses its Philox counter k."""
-    masks = np.zeros((len(sample), *grid), dtype=bool)
-    budgets = np.full(len(sample), masking.num_masked)
-    failures = np.zeros(len(sample), dtype=np.int64)  # attempts in vain since the last block
-    draws = np.zeros((len(sample), ATTEMPTS_A_CALL, WORDS))
-    rows = np.arange(len(sample))  # samples that still draw
-    attempt = 0
-    while len(rows):
-        place = attempt % ATTEMPTS_A_CALL
-        if place == 0:
-            numbers = ATTEMPTS_A_CALL * WORDS, attempt * WORDS
-            draws[rows] = uniform(seed, Purpose.MASK, epoch[rows], sample[rows], *numbers).reshape(-1, *draws.shape[1:])
-        budget = budgets[rows]
-        fresh = _draw_blocks(draws[rows, place], budget, masking, grid) & ~masks[rows]
-        gain = np.count_nonzero(fresh, axis=(1, 2))
-        accepted = (gain > 0) & (gain <= budget)
-        masks[rows[accepted]] |= fresh[accepted]
-        budgets[rows] -= gain * accepted
-        failures[rows] = np.where(accepted, 0, failures[rows] + 1)
-        rows = rows[(budgets[rows] > 0) & (failures[rows] < ATTEMPTS)]
-        attempt += 1
-    return masks.reshape(len(sample), grid[0] * grid[1])
-
-
-def _draw_blocks(draws: np.ndarray, budget: np.ndarray, masking: MaskingConfig, grid: tuple[int, int]) -> np.ndarray:
-    """[n, height, width] bool: a block for each row of `draws` [n, 4]; empty where it does not fit."""
-    log_aspect = math.log(masking.min_aspect)
-    area = masking.min_block + (budget - masking.min_block) * draws[:, 0]
-    aspect = np.exp(log_aspect + (-log_aspect - log_aspect) * draws[:, 1])
-    size = np.rint(np.sqrt(np.stack([area * aspect, area / aspect], axis=1)))  # [n, 2]
-    fits = (size < grid).all(axis=1, keepdims=True)
-    first = np.floor(draws[:, 2:] * (np.array(grid) - size + 1))  # [n, 2]: top, left
-    end = first + size
-    y, x = np.arange(grid[0]), np.arange(grid[1])
-    in_height = (y >= first[:, :1]) & (y < end[:, :1]) & fits
-    in_width = (x >= first[:, 1:]) & (x < end[:, 1:])
-    return in_height[:, :, None] & in_width[:, None, :]
+    if kind == "none":
+        return Masks(sample.new_empty(len(sample), 0), torch.zeros_like(sample))
+    if kind == "random":
+        return Masks(*random_masks(seed, epoch, sample, grid, masking.num_masked, backend))
+    rule = masking.num_masked, masking.min_block, masking.min_aspect
+    return Masks(*block_masks(seed, epoch, sample, grid, *rule, backend))
 
 
 def plan_prediction(

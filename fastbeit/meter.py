@@ -19,7 +19,8 @@ class Meter:
     def _clear(self) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # loss, right predictions
         self.grad_norm = torch.zeros((), device=self.world.device)
-        self.count = self.num_steps = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=self.world.device)
+        self.num_steps = 0
         self.waited_s = 0.0
         self.began = time.perf_counter()
 
@@ -30,10 +31,10 @@ class Meter:
         """One micro-batch of this rank."""
         self.sums += torch.stack([loss_sum.double(), num_correct.double()])
 
-    def end_step(self, count: float, grad_norm: Tensor) -> None:
+    def end_step(self, count: Tensor, grad_norm: Tensor) -> None:
         """
         Args:
-            count: predictions of the step, over all ranks.
+            count: predictions of the step, over all ranks; a scalar on the device.
             grad_norm: not finite where the update was skipped.
         """
         self.count += count
@@ -45,11 +46,12 @@ class Meter:
     def read(self) -> dict[str, float]:
         """The figures since the last call; all ranks must ask. The only place where a step waits for the device."""
         loss, num_correct = self.world.sum(self.sums.tolist())
+        count = max(self.count.item(), 1)
         skipped, skipped_in_a_row = self.skipped.tolist()
         seconds = time.perf_counter() - self.began
         figures = {
-            "loss": loss / max(self.count, 1),
-            "masked_accuracy": num_correct / max(self.count, 1),
+            "loss": loss / count,
+            "masked_accuracy": num_correct / count,
             "grad_norm": self.grad_norm.item(),
             "images_per_s": self.num_steps * self.batch_size / seconds,
             "data_wait_share": self.waited_s / seconds,

@@ -41,9 +41,10 @@ def look_at(run: Trained) -> Look:
     tokenizer, seed, device = run.tokenizer, held_out_seed(config), run.world.device
     token_size = tokenizer.view_size(config.grid) if tokenizer else None
     batch = next(batches_of(config, run.unseen, run.world, min(NUM_IMAGES, len(run.unseen)), token_size, seed))
-    masks = draw_masks(config.mask, config.masking, config.grid, seed, batch.epoch.numpy(), batch.sample.numpy())
+    samples = batch.epoch.to(device), batch.sample.to(device)
+    masks = draw_masks(config.mask, config.masking, config.grid, seed, *samples, config.kernels.backend)
     tokens = visual_tokens(tokenizer, batch, device)
-    masked = plan_prediction(masks.to(device), config.num_patches, "masked", tokens).masked
+    masked = plan_prediction(masks, config.num_patches, "masked", tokens).masked
     outputs = run.model.logits(batch.images.to(device), masked)
     # where nothing is hidden, all that there is to show is what the model makes of what it sees
     predicted = torch.ones_like(masked) if config.mask == "none" else masked

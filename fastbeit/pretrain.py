@@ -21,12 +21,13 @@ from fastbeit.data.sampling import drop_path_keep
 from fastbeit.engine import World, make_engine, start_world
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, DONE, PREEMPTED, RunError
 from fastbeit.evaluate import evaluate, visual_tokens
-from fastbeit.masking import draw_masks, plan_prediction
+from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.meter import Meter
 from fastbeit.model.beit import Beit, make_beit
 from fastbeit.optim import learning_rate, make_optimizer, set_learning_rate
 from fastbeit.rundir import RunLog, Stop, claim
 from fastbeit.tokenizer.weights import load_tokenizer
+from fastbeit_kernels.backend import check_backend
 
 MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run is stopped
 
@@ -46,6 +47,7 @@ def pretrain(config: Config, command: list[str]) -> int:
     _check_paths(config)
     world = start_world(config.engine)
     _check_batch(config, world)
+    _check_kernels(config, world)
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         return _train(config, world, stop, command)
@@ -117,17 +119,19 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
             # ---- one step -------------------------------------------------------------------------------------------
             images = batch.images.to(device, non_blocking=True)
             tokens = visual_tokens(tokenizer, batch, device)
-            sample, epoch = batch.sample.numpy(), batch.epoch.numpy()
-            masks = draw_masks(config.mask, config.masking, config.grid, config.seed, epoch, sample)
-            plan = plan_prediction(masks.to(device), config.num_patches, config.predict, tokens)
-            keep = torch.from_numpy(drop_path_keep(config.seed, step, sample, drop_rates)).to(device)  # [L, 2, B]
-            num_labels = config.num_patches * len(images) if config.predict == "all" else int(masks.num_masked.sum())
-            count, stopping, saving, num_bad = world.sum([num_labels, stop.wanted, stop.save_wanted, len(batch.bad)])
+            samples = batch.epoch.to(device, non_blocking=True), batch.sample.to(device, non_blocking=True)
+            rule = config.mask, config.masking, config.grid, config.seed
+            masks = draw_masks(*rule, *samples, config.kernels.backend)
+            plan = plan_prediction(masks, config.num_patches, config.predict, tokens)
+            keep = drop_path_keep(config.seed, step, batch.sample.numpy(), drop_rates)
+            keep = torch.from_numpy(keep).to(device)  # [L, 2, B]
+            count = world.add((plan.labels != UNUSED).sum()).clamp_min(1)
+            stopping, saving, num_bad = world.sum([stop.wanted, stop.save_wanted, len(batch.bad)])
             lr = learning_rate(step, num_steps, num_warmup, optim)
             set_learning_rate(optimizer, lr)
             for rows in _micro_batches(len(images), optim.accumulate):
                 inputs = images[rows], plan.masked[rows], plan.predict_idx[rows], plan.labels[rows], keep[..., rows]
-                meter.add(*engine.accumulate(inputs, max(count, 1), is_last=rows.stop == len(images)))
+                meter.add(*engine.accumulate(inputs, count, is_last=rows.stop == len(images)))
             meter.end_step(count, grad_norm=engine.step())
             # ---------------------------------------------------------------------------------------------------------
 
@@ -191,6 +195,13 @@ def _check_batch(config: Config, world: World) -> None:
             f"optim.batch_size {config.optim.batch_size} does not divide into {world.size} ranks x "
             f"{config.optim.accumulate} micro-batches; try {fit}"
         )
+
+
+def _check_kernels(config: Config, world: World) -> None:
+    try:
+        check_backend(config.kernels.backend, world.device)
+    except (ValueError, ModuleNotFoundError) as err:
+        raise ConfigError(f"kernels.backend={config.kernels.backend}: {err}") from None
 
 
 def _resumed_step(checkpoint: Path, origin: dict[str, Any]) -> int:

@@ -222,3 +222,18 @@ def test_a_file_gone_bad_is_replaced_counted_and_named(train, parts, tmp_path):
     assert log[6]["bad_samples"] == 1
     (line,) = (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()
     assert "03.jpg" in line
+
+
+def test_triton_and_reference_train_alike(train):
+    """Embedding, masks and loss by the kernels, interpreted where there is no GPU; float32, so that bits are few."""
+    options = {"optim__steps": 20, "optim__batch_size": 2, "optim__lr": 1e-3, "engine__precision": "fp32"}
+    _, triton = train("triton", kernels__backend="triton", **options)
+    _, reference = train("reference", kernels__backend="reference", **options)
+    assert len(triton) == 20 and losses(triton) == pytest.approx(losses(reference), abs=1e-5, rel=0)
+
+
+def test_a_backend_that_cannot_run_is_said_before_anything_starts(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastbeit_kernels.backend.INTERPRETED", False)
+    with pytest.raises(RunError, match="kernels.backend=triton: .* wants tensors on cuda; got cpu") as err:
+        train(kernels__backend="triton", engine__device="cpu")
+    assert err.value.exit_code == 2 and not (tmp_path / "run").exists()

@@ -4,12 +4,40 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbeit.config import Config, ModelConfig
 from fastbeit.masking import UNUSED
 from fastbeit.model.vit import NORM_EPS, Size, VisionTransformer, take
-from fastbeit_kernels.cross_entropy import cross_entropy
+from fastbeit_kernels.backend import Backend
+from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy
+
+
+class Head(nn.Module):
+    """From tokens to what is predicted, or to the loss of it."""
+
+    def __init__(self, width: int, num_outputs: int, backend: Backend) -> None:
+        super().__init__()
+        self.backend: Backend = backend
+        self.weight = nn.Parameter(torch.empty(num_outputs, width))
+        self.bias = nn.Parameter(torch.empty(num_outputs))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: [..., D].
+            labels: [...] int64 visual tokens, or `UNUSED`.
+
+        Returns:
+            [..., num_outputs]; with labels, whose loss needs no logits in memory: (summed loss, number of right ones).
+        """
+        if labels is None:
+            return F.linear(x, self.weight, self.bias)
+        one = torch.ones((), device=x.device)
+        return linear_cross_entropy(
+            x.flatten(0, -2), self.weight, self.bias, labels.flatten(), one, backend=self.backend
+        )
 
 
 class Beit(VisionTransformer):
@@ -24,14 +52,16 @@ class Beit(VisionTransformer):
         mean: Sequence[float],
         std: Sequence[float],
         objective: Literal["tokens", "pixels"] = "tokens",
+        backend: Backend = "auto",
     ) -> None:
         """
         Args:
             num_outputs: V visual words; for pixels the values of a patch, 3 * height * width.
             mean, std: of a channel, for pixels in [0, 1].
             objective: what `forward` gives the loss of.
+            backend: which implementation of the fused operators runs.
         """
-        super().__init__(model, image_size=image_size, mean=mean, std=std)
+        super().__init__(model, image_size=image_size, mean=mean, std=std, backend=backend)
         num_values = 3 * model.patch_size[0] * model.patch_size[1]
         if objective == "pixels" and num_outputs != num_values:
             raise ValueError(
@@ -40,7 +70,7 @@ class Beit(VisionTransformer):
         self.objective = objective
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.width))
         self.norm = nn.LayerNorm(model.width, eps=NORM_EPS)
-        self.lm_head = nn.Linear(model.width, num_outputs)
+        self.lm_head = Head(model.width, num_outputs, backend)
         self.initialise()
 
     def forward(
@@ -62,12 +92,11 @@ class Beit(VisionTransformer):
         Returns:
             (float32 sum over the slots in use, int64 number of right tokens; 0 for pixels).
         """
-        outputs = self.logits(images, masked, predict_idx, keep)
+        x = self._features(images, masked, predict_idx, keep)
         if self.objective == "tokens":
-            one = torch.ones((), device=outputs.device)
-            return cross_entropy(outputs.flatten(0, 1), targets.flatten(), one)
+            return self.lm_head(x, targets)
         pixels = take(self.patch_embed.normalise(images), predict_idx)
-        errors = (outputs.float() - pixels).square().mean(2)
+        errors = (self.lm_head(x).float() - pixels).square().mean(2)
         loss_sum = torch.where(targets != UNUSED, errors, 0.0).sum()
         return loss_sum, torch.zeros((), dtype=torch.int64, device=images.device)
 
@@ -75,13 +104,13 @@ class Beit(VisionTransformer):
         self, images: Tensor, masked: Tensor, predict_idx: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:
         """[B, M, num_outputs]: predictions for the patches `predict_idx`, None: for all N. The rest as in `forward`."""
-        # chosen, not blended: what a masked patch holds cannot leak, not even as NaN
-        x = torch.where(masked[:, :, None], self.mask_token, self.patch_embed(images))
+        return self.lm_head(self._features(images, masked, predict_idx, keep))
+
+    def _features(self, images: Tensor, masked: Tensor, predict_idx: Tensor | None, keep: Tensor | None) -> Tensor:
+        x = self.embed(images, masked, self.mask_token.flatten())
         if predict_idx is None:
-            x = self.encode(x, keep)[:, 1:]
-        else:
-            x = self.encode(x, keep, slots=predict_idx + 1)  # the cls token is token 0
-        return self.lm_head(self.norm(x))
+            return self.norm(self.encode(x, keep)[:, 1:])
+        return self.norm(self.encode(x, keep, slots=predict_idx + 1))  # the cls token is token 0
 
 
 def make_beit(config: Config, vocab_size: int | None) -> Beit:
@@ -94,4 +123,5 @@ def make_beit(config: Config, vocab_size: int | None) -> Beit:
         mean=config.data.mean,
         std=config.data.std,
         objective=config.objective,
+        backend=config.kernels.backend,
     )

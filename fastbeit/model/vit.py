@@ -10,6 +10,7 @@ that owns it (ZeRO-3), no forward draws a random number (drop path comes as an a
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbeit.config import ModelConfig
+from fastbeit_kernels.backend import Backend
+from fastbeit_kernels.masked_embed import masked_embed
 
 NORM_EPS = 1e-6  # the authors'; PyTorch's own is 1e-5
 INIT_STD = 0.02
@@ -46,40 +49,64 @@ def patchify(images: Tensor, patch_size: Size) -> Tensor:
 
 
 class PatchProjection(nn.Module):
-    """A convolution whose stride is its kernel, as one matrix product."""
+    """A convolution whose stride is its kernel, together with all that makes tokens of its output: `masked_embed`."""
 
-    def __init__(self, width: int, patch_size: Size) -> None:
+    def __init__(self, width: int, patch_size: Size, backend: Backend) -> None:
         super().__init__()
+        self.backend: Backend = backend
         self.weight = nn.Parameter(torch.empty(width, 3, *patch_size))
         self.bias = nn.Parameter(torch.empty(width))
 
-    def forward(self, patches: Tensor) -> Tensor:
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+    def forward(self, images: Tensor, masked: Tensor, **tokens_and_pixels: Any) -> Tensor:
+        return masked_embed(images, masked, self.weight, self.bias, **tokens_and_pixels, backend=self.backend)
 
 
 class PatchEmbedding(nn.Module):
-    """uint8 images to patch embeddings; bytes are normalised here and nowhere before (design D4)."""
+    """uint8 images to tokens; bytes are normalised here and nowhere before (design D4)."""
 
     def __init__(
-        self, width: int, image_size: Size, patch_size: Size, mean: Sequence[float], std: Sequence[float]
+        self,
+        width: int,
+        image_size: Size,
+        patch_size: Size,
+        mean: Sequence[float],
+        std: Sequence[float],
+        backend: Backend,
     ) -> None:
         super().__init__()
         self.image_size = image_size
         self.patch_size = patch_size
-        self.proj = PatchProjection(width, patch_size)
+        self.proj = PatchProjection(width, patch_size, backend)
         self.mean = nn.Buffer(torch.tensor(mean), persistent=False)
         self.std = nn.Buffer(torch.tensor(std), persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
         """[B, height, width, 3] uint8 to [B, N, P] float32: pixels / 255, less the mean, over the deviation."""
+        self._check(images)
+        return patchify((images.float() / 255 - self.mean) / self.std, self.patch_size)
+
+    def forward(
+        self, images: Tensor, masked: Tensor, cls_token: Tensor, mask_token: Tensor, positions: Tensor | None
+    ) -> Tensor:
+        """
+        Args:
+            images: [B, height, width, 3] uint8.
+            masked: [B, N] bool, patches that become the mask token; their pixels are not read.
+            cls_token, mask_token: [D].
+            positions: [S, D] added to the tokens, or None.
+
+        Returns:
+            [B, S, D].
+        """
+        self._check(images)
+        tokens = dict(cls_token=cls_token, mask_token=mask_token, positions=positions)
+        return self.proj(images, masked, **tokens, mean=self.mean, std=self.std)
+
+    def _check(self, images: Tensor) -> None:
         if images.shape[1:] != (*self.image_size, 3):
             raise ValueError(
                 f"images want shape [B, {self.image_size[0]}, {self.image_size[1]}, 3]; got {list(images.shape)}"
             )
-        return patchify((images.float() / 255 - self.mean) / self.std, self.patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(self.normalise(images))
 
 
 def relative_position_index(grid: Size) -> Tensor:
@@ -278,10 +305,12 @@ def cut_normal_(x: Tensor, std: float) -> None:
 class VisionTransformer(nn.Module):
     """Patch embedding, cls token, positions and blocks; what follows the last block is the subclass's."""
 
-    def __init__(self, model: ModelConfig, *, image_size: Size, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, model: ModelConfig, *, image_size: Size, mean: Sequence[float], std: Sequence[float], backend: Backend
+    ) -> None:
         super().__init__()
         grid = image_size[0] // model.patch_size[0], image_size[1] // model.patch_size[1]
-        self.patch_embed = PatchEmbedding(model.width, image_size, model.patch_size, mean, std)
+        self.patch_embed = PatchEmbedding(model.width, image_size, model.patch_size, mean, std, backend)
         self.cls_token = nn.Parameter(torch.empty(1, 1, model.width))
         positions = torch.empty(1, grid[0] * grid[1] + 1, model.width)
         self.pos_embed = nn.Parameter(positions) if model.absolute_position else None
@@ -290,19 +319,21 @@ class VisionTransformer(nn.Module):
         table_grid = grid if model.relative_position == "per_block" else None
         self.blocks = nn.ModuleList([Block(model, table_grid) for _ in range(model.depth)])
 
+    def embed(self, images: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
+        """[B, S, D] tokens: cls, then the patches, `mask_token` [D] in place of the masked ones (section 2.3)."""
+        positions = None if self.pos_embed is None else self.pos_embed.squeeze(0)
+        return self.patch_embed(images, masked, self.cls_token.flatten(), mask_token, positions)
+
     def encode(self, x: Tensor, keep: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
         """
         Args:
-            x: [B, N, D] patch embeddings, some of them replaced by the mask token.
+            x: [B, S, D] tokens, cls first.
             keep: [L, 2, B] drop-path factors, 0 or 1 / (1 - rate); None: nothing is dropped.
             slots: [B, M] tokens that are wanted, cls being 0, distinct in an image; None: all.
 
         Returns:
             [B, M or S, D], not normalised.
         """
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):

@@ -1,5 +1,6 @@
 """Which implementation of an op runs: its Triton kernels or its reference in plain PyTorch."""
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
@@ -57,10 +58,24 @@ def uses_triton(backend: Backend, device: torch.device) -> bool:
     return True
 
 
+def check_backend(backend: Backend, device: torch.device) -> None:
+    """Raise where an op on `device` would: ValueError as `uses_triton`, ModuleNotFoundError for a missing Triton."""
+    if uses_triton(backend, device):
+        triton.cdiv  # noqa: B018 - an attribute that the stand-in has not
+
+
 def product_dtype(dtype: torch.dtype | None, like: Tensor) -> torch.dtype:
     """What a matrix product computes in: `dtype` if given, else autocast's where it is on, else that of `like`."""
     if dtype is not None:
         return dtype
-    if torch.is_autocast_enabled(like.device.type):
-        return torch.get_autocast_dtype(like.device.type)
+    device = like.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return like.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """For products whose dtype is chosen already; a device of no autocast ("meta") has none to switch off."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -3,9 +3,17 @@
     loss = sum_r (log sum_v exp(logits[r, v]) - logits[r, labels[r]]) / count      over the rows with labels[r] != -100
     grad_logits[r, v] = (softmax(logits[r])[v] - (v == labels[r])) * grad_loss / count              0 in the other rows
 
-The loss of masked image modelling: arXiv 2106.08254, section 2.3. Traffic at R rows, V words, b bytes a logit: forward
-2*R*V*b (reads logits, writes the gradient before its factor; R*V*b when no gradient is wanted), backward 2*R*V*b.
+The loss of masked image modelling: arXiv 2106.08254, section 2.3. With labels smoothed by e (arXiv 1512.00567,
+section 7) and PaLM's z-loss of weight z (arXiv 2204.02311, section 5), where lse = log sum_v exp(logits[r, v]):
+
+    row_loss[r] = lse - (1 - e) * logits[r, labels[r]] - e * mean_v logits[r, v] + z * lse^2
+    residual[r, v] = (1 + 2 * z * lse) * softmax(logits[r])[v] - (1 - e) * (v == labels[r]) - e / V
+
+Traffic at R rows, V words, b bytes a logit: forward 2*R*V*b (reads logits, writes the residual, which is the gradient
+before its factor; R*V*b when no gradient is wanted), backward 2*R*V*b.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +25,68 @@ from fastbeit_kernels.backend import Backend, tl, triton, uses_triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORE_INDEX = -100  # as in torch.nn.functional.cross_entropy: the label of an unused mask slot
 MAX_BLOCK = 8192  # values a program holds in registers: a row of the dVAE's vocabulary
+LOWEST = tl.constexpr(-3.0e38)  # float32, below any logit that is not -inf
 BLOCK_PER_WARP = 1024  # 32 values a thread: 4 accesses of 128 bits in bf16, 8 in fp32
 
 
-def cross_entropy_reference(logits: Tensor, labels: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def cross_entropy_reference(
+    logits: Tensor,
+    labels: Tensor,
+    count: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch; arguments as in `cross_entropy`, float64 too."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    return loss / _divisor(labels, count), (logits.argmax(-1) == labels).sum()
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing)
+    if z_loss:
+        loss = loss + z_loss * torch.where(labels != IGNORE_INDEX, logits.logsumexp(1).square(), 0.0).sum()
+    return loss / divisor(labels, count), (logits.argmax(-1) == labels).sum()
 
 
-def _divisor(labels: Tensor, count: Tensor | None) -> Tensor:
+def divisor(labels: Tensor, count: Tensor | None) -> Tensor:
     """`count` as a float32 scalar of at least 1: no labelled row means loss 0, not NaN."""
     return ((labels != IGNORE_INDEX).sum() if count is None else count).clamp_min(1).float()
+
+
+@triton.jit
+def _row_loss(
+    row_max,
+    row_sum,
+    label_logit,
+    smooth_gap,  # LABEL_SMOOTHING times (row_max less the mean of the row)
+    LABEL_SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+):
+    log_sum = tl.log(row_sum)
+    loss = log_sum + (row_max - label_logit)
+    if LABEL_SMOOTHING > 0:
+        loss = (1 - LABEL_SMOOTHING) * loss + LABEL_SMOOTHING * log_sum + smooth_gap
+    if Z_LOSS > 0:
+        lse = row_max + log_sum
+        loss += Z_LOSS * lse * lse
+    return loss
+
+
+@triton.jit
+def _residual(
+    exps,
+    row_max,
+    row_sum,
+    offs_v,
+    word,
+    LABEL_SMOOTHING: tl.constexpr,
+    SMOOTHING_PER_WORD: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+):
+    softmax = exps / row_sum
+    if Z_LOSS > 0:
+        softmax *= 1 + 2 * Z_LOSS * (row_max + tl.log(row_sum))
+    residual = softmax - tl.where(offs_v == word, 1.0 - LABEL_SMOOTHING, 0.0)
+    if LABEL_SMOOTHING > 0:
+        residual -= SMOOTHING_PER_WORD
+    return residual
 
 
 @triton.jit
@@ -38,8 +95,11 @@ def _cross_entropy_fwd_kernel(
     labels_ptr,  # [R] int64
     row_loss_ptr,  # [R] float32
     row_correct_ptr,  # [R] int32
-    residual_ptr,  # [R, V]: softmax - one-hot, the gradient before its factor
+    residual_ptr,  # [R, V], may be logits_ptr: each thread has read what it writes, and the label's logit, before
     V,
+    LABEL_SMOOTHING: tl.constexpr,
+    SMOOTHING_PER_WORD: tl.constexpr,  # LABEL_SMOOTHING / V
+    Z_LOSS: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,  # >= V: a program owns a whole row
@@ -65,10 +125,14 @@ def _cross_entropy_fwd_kernel(
         row_max = tl.max(logits, axis=0)
         exps = tl.exp(logits - row_max)
         row_sum = tl.sum(exps, axis=0)
-        tl.store(row_loss_ptr + pid_r, tl.log(row_sum) + (row_max - label_logit))
+        smooth_gap = 0.0
+        if LABEL_SMOOTHING > 0:
+            smooth_gap = SMOOTHING_PER_WORD * tl.sum(tl.where(mask_v, row_max - logits, 0.0), axis=0)
+        row_loss = _row_loss(row_max, row_sum, label_logit, smooth_gap, LABEL_SMOOTHING, Z_LOSS)
+        tl.store(row_loss_ptr + pid_r, row_loss)
         tl.store(row_correct_ptr + pid_r, tl.where(tl.sum(better.to(tl.int32), axis=0) == 0, 1, 0))
         if WITH_GRAD:
-            residual = exps / row_sum - tl.where(offs_v == word, 1.0, 0.0)
+            residual = _residual(exps, row_max, row_sum, offs_v, word, LABEL_SMOOTHING, SMOOTHING_PER_WORD, Z_LOSS)
             tl.store(residual_ptr + offs_v, residual.to(residual_ptr.dtype.element_ty), mask=mask_v)
 
 
@@ -78,8 +142,11 @@ def _cross_entropy_fwd_loop_kernel(
     labels_ptr,  # [R] int64
     row_loss_ptr,  # [R] float32
     row_correct_ptr,  # [R] int32
-    residual_ptr,  # [R, V]
+    residual_ptr,  # [R, V]; may be logits_ptr
     V,
+    LABEL_SMOOTHING: tl.constexpr,
+    SMOOTHING_PER_WORD: tl.constexpr,  # LABEL_SMOOTHING / V
+    Z_LOSS: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -99,10 +166,13 @@ def _cross_entropy_fwd_loop_kernel(
         tl.device_assert((label >= 0) & (label < V), "cross_entropy: a label is neither a word nor the ignore index")
         word = label.to(tl.int32)  # int64 comparisons take up to 56 registers more (fp32, sm_80)
         label_logit = tl.load(logits_ptr + word).to(tl.float32)
-        # online softmax, arXiv 1805.02867; starts from a value of the row: from -inf, a block of -inf would give NaN
-        row_max = label_logit
+        # online softmax, arXiv 1805.02867; starts from a finite value: from -inf, a block of -inf would give NaN
+        row_max = tl.maximum(label_logit, LOWEST)
         row_sum = 0.0
         num_better = 0
+        # sums of differences from a value of the row keep their digits where the logits are large
+        anchor = tl.where(label_logit > LOWEST, label_logit, 0.0)
+        sum_below = 0.0
         for start in range(0, V, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             logits = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
@@ -111,14 +181,19 @@ def _cross_entropy_fwd_loop_kernel(
             row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(logits - new_max), axis=0)
             row_max = new_max
             num_better += tl.sum(better.to(tl.int32), axis=0)
-        tl.store(row_loss_ptr + pid_r, tl.log(row_sum) + (row_max - label_logit))
+            if LABEL_SMOOTHING > 0:
+                sum_below += tl.sum(tl.where(offs_v < V, anchor - logits, 0.0), axis=0)
+        smooth_gap = LABEL_SMOOTHING * (row_max - anchor) + SMOOTHING_PER_WORD * sum_below
+        row_loss = _row_loss(row_max, row_sum, label_logit, smooth_gap, LABEL_SMOOTHING, Z_LOSS)
+        tl.store(row_loss_ptr + pid_r, row_loss)
         tl.store(row_correct_ptr + pid_r, tl.where(num_better == 0, 1, 0))
         if WITH_GRAD:
             for start in range(0, V, BLOCK_V):
                 offs_v = start + tl.arange(0, BLOCK_V)
                 # the second read of the row: 128 KB at 65,536 words in bf16, which the L2 still holds
                 logits = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
-                residual = tl.exp(logits - row_max) / row_sum - tl.where(offs_v == word, 1.0, 0.0)
+                exps = tl.exp(logits - row_max)
+                residual = _residual(exps, row_max, row_sum, offs_v, word, LABEL_SMOOTHING, SMOOTHING_PER_WORD, Z_LOSS)
                 tl.store(residual_ptr + offs_v, residual.to(residual_ptr.dtype.element_ty), mask=offs_v < V)
 
 
@@ -144,13 +219,16 @@ def launch_options(block: int) -> dict[str, int | bool]:
     return {"num_warps": max(1, block // BLOCK_PER_WARP), "debug": True, "sanitize_overflow": False}
 
 
-@torch.library.custom_op("fastbeit::cross_entropy_fwd", mutates_args=())
-def _forward(logits: Tensor, labels: Tensor, count: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives the loss, the number of correct rows and the residual; without `with_grad` the residual is empty."""
+def launch_forward(
+    logits: Tensor,  # [R, V]
+    labels: Tensor,  # [R] int64
+    row_loss: Tensor,  # [R] float32, written
+    row_correct: Tensor,  # [R] int32, written
+    residual: Tensor | None,  # [R, V], written; may be `logits`
+    label_smoothing: float,
+    z_loss: float,
+) -> None:
     R, V = logits.shape
-    row_loss = torch.empty(R, device=logits.device, dtype=torch.float32)
-    row_correct = torch.empty(R, device=logits.device, dtype=torch.int32)
-    residual = torch.empty_like(logits) if with_grad else logits.new_empty(0)
     block = min(triton.next_power_of_2(V), MAX_BLOCK)
     kernel = _cross_entropy_fwd_kernel if V <= block else _cross_entropy_fwd_loop_kernel
     kernel[(R,)](
@@ -158,18 +236,34 @@ def _forward(logits: Tensor, labels: Tensor, count: Tensor, with_grad: bool) -> 
         labels_ptr=labels,
         row_loss_ptr=row_loss,
         row_correct_ptr=row_correct,
-        residual_ptr=residual,
+        residual_ptr=logits if residual is None else residual,
         V=V,
+        LABEL_SMOOTHING=label_smoothing,
+        SMOOTHING_PER_WORD=label_smoothing / V,
+        Z_LOSS=z_loss,
         IGNORE_INDEX=IGNORE_INDEX,
-        WITH_GRAD=with_grad,
+        WITH_GRAD=residual is not None,
         BLOCK_V=block,
         **launch_options(block),
     )
+
+
+@torch.library.custom_op("fastbeit::cross_entropy_fwd", mutates_args=())
+def _forward(
+    logits: Tensor, labels: Tensor, count: Tensor, label_smoothing: float, z_loss: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives the loss, the number of correct rows and the residual; without `with_grad` the residual is empty."""
+    row_loss = torch.empty(len(labels), device=logits.device, dtype=torch.float32)
+    row_correct = torch.empty(len(labels), device=logits.device, dtype=torch.int32)
+    residual = torch.empty_like(logits) if with_grad else logits.new_empty(0)
+    launch_forward(logits, labels, row_loss, row_correct, residual if with_grad else None, label_smoothing, z_loss)
     return row_loss.sum() / count, row_correct.sum(), residual
 
 
 @_forward.register_fake
-def _(logits: Tensor, labels: Tensor, count: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    logits: Tensor, labels: Tensor, count: Tensor, label_smoothing: float, z_loss: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     residual = torch.empty_like(logits) if with_grad else logits.new_empty(0)
     return logits.new_empty((), dtype=torch.float32), labels.new_empty(()), residual
 
@@ -202,9 +296,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # else autograd fills a [R, V] of zeros as the gradient of the residual
 
 
-def _autograd(ctx, grad_loss: Tensor, *_) -> tuple[Tensor, None, None, None]:
+def _autograd(ctx, grad_loss: Tensor, *_) -> tuple[Tensor | None, ...]:
     count, residual = ctx.saved_tensors
-    return _backward(grad_loss, count, residual), None, None, None
+    return _backward(grad_loss, count, residual), None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -212,7 +306,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 # the arithmetic on each logit; FlopCounterMode itself counts matrix products alone
 @register_flop_formula(torch.ops.fastbeit.cross_entropy_fwd)
-def _forward_flops(logits_shape, labels_shape, count_shape, with_grad: bool, **_) -> int:
+def _forward_flops(logits_shape, labels_shape, count_shape, label_smoothing, z_loss, with_grad, **_) -> int:
     R, V = logits_shape
     return R * V * (5 if with_grad else 3)  # less the maximum, exp, sum; over the sum, less the one-hot
 
@@ -224,7 +318,13 @@ def _backward_flops(grad_loss_shape, count_shape, residual_shape, **_) -> int:
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, count: Tensor | None = None, backend: Backend = "auto"
+    logits: Tensor,
+    labels: Tensor,
+    count: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Give the cross-entropy of the labelled rows, summed and divided by `count`, and how many of them are right.
 
@@ -233,6 +333,8 @@ def cross_entropy(
         labels: [R] int64, contiguous. A word in [0, V), or -100: not labelled, counts for nothing, gradient 0.
         count: scalar, at least 1; the number of labelled rows in `logits` when None. Give the number over all ranks
             and micro-batches for the mean over a global batch, or 1 for the sum.
+        label_smoothing: in [0, 1), as in torch.nn.functional.cross_entropy: how much of the label all words share.
+        z_loss: weight, at least 0, of the squared log-sum-exp, which keeps the logits near 0.
         backend: "triton", "reference" (plain PyTorch), or "auto": "triton" on CUDA, else "reference".
 
     Returns:
@@ -241,14 +343,15 @@ def cross_entropy(
         Sums and statistics are float32 and the same to the bit on each run; nothing waits for the device.
 
     Raises:
-        ValueError: a shape, dtype, device or layout is wrong.
+        ValueError: a shape, dtype, device, layout or weight is wrong.
         IndexError: a label of the reference is out of range, by name; Triton: a device-side assertion.
     """
     _check(logits, labels, count)
+    check_weights("cross_entropy", label_smoothing, z_loss)
     if not uses_triton(backend, logits.device):
-        return cross_entropy_reference(logits, labels, count)
+        return cross_entropy_reference(logits, labels, count, label_smoothing=label_smoothing, z_loss=z_loss)
     with_grad = torch.is_grad_enabled() and logits.requires_grad
-    loss, num_correct, _ = _forward(logits, labels, _divisor(labels, count), with_grad)
+    loss, num_correct, _ = _forward(logits, labels, divisor(labels, count), label_smoothing, z_loss, with_grad)
     return loss, num_correct
 
 
@@ -273,3 +376,10 @@ def _check(logits: Tensor, labels: Tensor, count: Tensor | None) -> None:
         raise ValueError(
             f"cross_entropy wants labels and a scalar count on the device of the logits; got {', '.join(got)}"
         )
+
+
+def check_weights(op: str, label_smoothing: float, z_loss: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{op} wants label_smoothing in [0, 1); got {label_smoothing}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{op} wants a finite z_loss of at least 0; got {z_loss}: PaLM's is 1e-4")

@@ -23,7 +23,11 @@ def poison_uninitialised_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def interpret_as_a_gpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mend the interpreter, which in Triton 3.7.1 cuts bfloat16 off instead of rounding it, and asserts nothing."""
+    """Mend the interpreter, which in Triton 3.7.1 asserts nothing, and does three things wrong with bfloat16.
+
+    It cuts bfloat16 off instead of rounding it, and takes it for the integers that it keeps it in: in a product, and in
+    a cast from integers.
+    """
     if not INTERPRETED:
         return
     import triton.language as tl
@@ -36,6 +40,19 @@ def interpret_as_a_gpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
             return convert(values, source, target, rounding_mode)
         return torch.from_numpy(np.asarray(values)).bfloat16().view(torch.uint16).numpy()
 
+    cast, dot = interpreter.InterpreterBuilder.cast_impl, interpreter.InterpreterBuilder.create_dot
+
+    def cast_through_float32(self, values, target):
+        if target.scalar == tl.bfloat16 and not values.dtype.scalar.is_floating():
+            values = cast(self, values, tl.float32)
+        return cast(self, values, target)
+
+    def dot_in_float32(self, a, b, *args):
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *args)
+
     monkeypatch.setattr(interpreter, "_convert_float", round_to_nearest)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_through_float32)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_in_float32)
     asserting = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", asserting)

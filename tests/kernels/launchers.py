@@ -21,7 +21,7 @@ UNTOUCHED = 0xA5
 
 class _InsideOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "fastbeit":
+        if func._schema.name in OPDEFS:
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
         return self.call(func, args, kwargs or {})

@@ -1,4 +1,4 @@
-"""Every kernel compiles at its production shape, without a GPU: no stack, no spill, bulk accesses 128 bits wide.
+"""Every kernel compiles at its production shape, without a GPU: no stack, no spill, wide accesses, matrix units used.
 
 `python tests/kernels/test_compile.py` prints the table. The tests run it in a process of its own, because a kernel that
 was decorated under TRITON_INTERPRET=1 cannot be compiled.
@@ -7,26 +7,29 @@ was decorated under TRITON_INTERPRET=1 cannot be compiled.
 import os
 import subprocess
 import sys
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from benchmarks.compiled import CUDA, compiled_for_cuda, compiled_for_mi300
+from benchmarks.compiled import SHARED_LIMIT, TARGETS, Case, Compiled, compiled_for
 from benchmarks.production import cases
 
-SHARED_LIMIT = 64 * 1024  # bytes a block may have on every target: gfx942's limit, the lowest
-COLUMNS = ("kernel", "variant", "dtype", "target", "registers", "stack", "spills", "shared")
-COLUMNS += ("wide_loads", "narrow_loads", "wide_stores", "narrow_stores")  # wide: 128 bits
+COLUMNS = ("kernel", "variant", "dtype", "target", *Compiled._fields)
+Row = tuple[Case, str, Compiled]
+
+
+def compiled_everywhere(index: int) -> list[Compiled]:
+    case = list(cases())[index]
+    return [compiled_for(case, target) for target in TARGETS]
 
 
 def print_table() -> None:
-    row = "{:32} {:8} {:6} {:7}" + " {:>13}" * 8
+    row = "{:32} {:8} {:6} {:7}" + " {:>13}" * len(Compiled._fields)
     print(row.format(*COLUMNS))
-    for case in cases():
-        name = case.kernel.fn.__name__, case.variant, case.dtype
-        for arch in CUDA:
-            print(row.format(*name, f"sm_{arch}", *compiled_for_cuda(case, arch)))
-        print(row.format(*name, "gfx942", *compiled_for_mi300(case)))
+    with ProcessPoolExecutor(2) as pool:
+        for case, results in zip(cases(), pool.map(compiled_everywhere, range(len(list(cases())))), strict=True):
+            for target, result in zip(TARGETS, results, strict=True):
+                print(row.format(*case.name, target, *result), flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -36,31 +39,52 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> str:
     env |= dict(
         TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")), PYTHONPATH=os.pathsep.join(filter(None, sys.path))
     )
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, timeout=300)
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, timeout=600)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
 
-def rows_of(table: str) -> list[dict[str, Any]]:
-    rows = [dict(zip(COLUMNS, line.split(), strict=True)) for line in table.splitlines()[1:]]
-    return [{name: int(value) if value.isdigit() else value for name, value in row.items()} for row in rows]
+@pytest.fixture(scope="module")
+def rows(table: str) -> list[Row]:
+    lines = (line.split() for line in table.splitlines()[1:])
+    results = {tuple(line[:4]): Compiled(*map(int, line[4:])) for line in lines}
+    return [(case, target, results[(*case.name, target)]) for case in cases() for target in TARGETS]
 
 
 def test_every_kernel_compiles(table: str, capsys: pytest.CaptureFixture[str]):
     with capsys.disabled():
         print(f"\n{table}")
-    assert {row["target"] for row in rows_of(table)} == {*(f"sm_{arch}" for arch in CUDA), "gfx942"}
+    names = [case.name for case in cases()]
+    assert len(set(names)) == len(names), "two cases of one name: one of them would not be looked at"
+    assert len(table.splitlines()) == 1 + len(names) * len(TARGETS)
 
 
-def test_nothing_spills(table: str):
-    assert [row for row in rows_of(table) if row["stack"] or row["spills"] or row["shared"] > SHARED_LIMIT] == []
+def test_nothing_spills(rows: list[Row]):
+    for case, target, out in rows:
+        assert out.registers and not out.stack and not out.spills, (case.name, target, out)
 
 
-def test_bulk_accesses_are_128_bits_wide(table: str):
-    """Two scalars are read (a label and its logit; the gradient of the loss and the count) and at most four written."""
-    for row in rows_of(table):
-        assert row["wide_loads"] and row["narrow_loads"] <= 2, row
-        assert bool(row["wide_stores"]) == (row["variant"] == "grad") and row["narrow_stores"] <= 4, row
+def test_shared_memory_is_within_the_limit_of_the_chip(rows: list[Row]):
+    for case, target, out in rows:
+        assert out.shared <= SHARED_LIMIT[target], (case.name, target, out)
+
+
+def test_bulk_accesses_are_128_bits_wide(rows: list[Row]):
+    for case, target, out in rows:
+        assert bool(out.wide_loads) >= case.loads_bulk and out.narrow_loads <= case.narrow_loads, (
+            case.name,
+            target,
+            out,
+        )
+        assert bool(out.wide_stores) == case.stores_bulk, (case.name, target, out)
+        assert out.narrow_stores <= case.narrow_stores, (case.name, target, out)
+
+
+def test_matrix_units_are_used_where_they_should_be(rows: list[Row]):
+    """HMMA on sm_80, HGMMA on sm_90, tcgen05 on sm_100, MFMA on gfx942, in 16 bits; float32 would become tf32 there."""
+    for case, target, out in rows:
+        if case.multiplies or target.startswith("sm_"):  # AMD's multiply float32 as it is
+            assert bool(out.mma) == case.multiplies, (case.name, target, out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastbeit_kernels import backend as backend_module
 from fastbeit_kernels.backend import INTERPRETED
-from fastbeit_kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from fastbeit_kernels.cross_entropy import cross_entropy, cross_entropy_reference, launch_forward
 
 LOGITS = {
     "flat": lambda x, word: 0.1 * x,  # the first steps of a run
@@ -46,8 +46,8 @@ def run_triton(*args: Any, **kwargs: Any):
 
 
 # 8192 words and 75 slots are BEiT's own; 1000 is no power of two; 50 ends inside 128 bits; 20,000 are three blocks of
-# the loop, the last one ragged
-@pytest.mark.parametrize("R, V", [(1, 8192), (12, 8192), (7, 1000), (75, 50), (3, 20_000)])
+# the loop, the last one ragged, and 65,536 are eight
+@pytest.mark.parametrize("R, V", [(1, 8192), (12, 8192), (7, 1000), (150, 50), (3, 20_000), (2, 65_536)])
 @pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_cross_entropy(device: str, dtype: torch.dtype, kind: str, R: int, V: int):
@@ -64,6 +64,68 @@ def test_cross_entropy(device: str, dtype: torch.dtype, kind: str, R: int, V: in
         assert_within_budget(name, *fast_eager_exact)
     assert fast[2].dtype == torch.int64 and fast[2] == eager[2]
     assert (fast[1][labels == -100] == 0).all()
+
+
+def test_an_image(device: str):
+    test_cross_entropy(device, torch.bfloat16, "peaked", R=75, V=8192)
+
+
+@pytest.mark.parametrize("V", [1000, pytest.param(8192, marks=pytest.mark.long)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_whole_batch(device: str, dtype: torch.dtype, V: int):
+    """9600 rows, 128 images: on the CPU the reference, whose sums are float32 whatever the logits are."""
+    logits, labels = make_inputs(device, 9600, V, dtype)
+    loss, grad_logits, num_correct = run(cross_entropy, logits, labels)
+    exact = run(cross_entropy_reference, logits.double(), labels)
+    torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad_logits.double(), exact[1], rtol=2 * torch.finfo(dtype).eps, atol=1e-9)
+    assert num_correct == exact[2] and 0 < num_correct < 9600
+
+
+WEIGHTS = [dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.3, z_loss=1e-4)]
+
+
+@pytest.mark.parametrize("R, V", [(4, 8192), (7, 1000), (3, 20_000)])
+@pytest.mark.parametrize("kind", ["peaked", "huge"])
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_smoothing_and_z_loss(device: str, dtype: torch.dtype, weights: dict[str, float], kind: str, R: int, V: int):
+    logits, labels = make_inputs(device, R, V, dtype, kind)
+    count = torch.tensor(9600, device=device)
+    fast = run_triton(logits, labels, count, 2.0**16, **weights)
+    eager = run(cross_entropy_reference, logits, labels, count, 2.0**16, **weights)
+    exact = run(cross_entropy_reference, logits.double(), labels, count, 2.0**16, **weights)
+    for name, *fast_eager_exact in zip(("loss", "grad_logits"), fast, eager, exact, strict=False):
+        assert_within_budget(name, *fast_eager_exact)
+    assert fast[2] == eager[2] and (fast[1][labels == -100] == 0).all()
+
+
+def test_reference_is_its_formula():
+    logits, labels = make_inputs("cpu", 7, 50, torch.float64)
+    e, z, used = 0.3, 0.01, labels != -100
+    loss, grad_logits, _ = run(cross_entropy_reference, logits, labels, label_smoothing=e, z_loss=z)
+    lse = logits.logsumexp(1)
+    label_logits = logits.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    rows = lse - (1 - e) * label_logits - e * logits.mean(1) + z * lse**2
+    one_hot = torch.nn.functional.one_hot(labels.clamp_min(0), 50)
+    residual = (1 + 2 * z * lse)[:, None] * logits.softmax(1) - (1 - e) * one_hot - e / 50
+    torch.testing.assert_close(loss, rows[used].mean())
+    torch.testing.assert_close(grad_logits, residual * used[:, None] / used.sum())
+
+
+@pytest.mark.parametrize("V", [50, 8192, 20_000])
+@pytest.mark.parametrize("weights", [{}, *WEIGHTS], ids=str)
+def test_the_residual_may_replace_its_logits(device: str, weights: dict[str, float], V: int):
+    """As linear_cross_entropy launches it."""
+    logits, labels = make_inputs(device, 5, V, torch.bfloat16)
+    settings = weights.get("label_smoothing", 0.0), weights.get("z_loss", 0.0)
+    results = []
+    for residual in (torch.empty_like(logits), logits):
+        row_loss, row_correct = logits.new_empty(5, dtype=torch.float32), labels.new_empty(5, dtype=torch.int32)
+        launch_forward(logits, labels, row_loss, row_correct, residual, *settings)
+        results.append((row_loss, row_correct, residual))
+    for apart, in_place in zip(*results, strict=True):
+        assert torch.equal(apart, in_place)
 
 
 def test_float16_gradient_is_not_flushed(device: str):
@@ -94,7 +156,8 @@ def test_no_labelled_row_costs_nothing(device: str, count: int | None, R: int, V
     logits = torch.randn(R, V, device=device)
     labels = torch.full((R,), -100, device=device)
     given = None if count is None else torch.tensor(count, device=device)
-    loss, grad_logits, num_correct = run(cross_entropy, logits, labels, given, backend=backend)
+    weights = dict(label_smoothing=0.1, z_loss=1e-4)
+    loss, grad_logits, num_correct = run(cross_entropy, logits, labels, given, backend=backend, **weights)
     assert loss == 0 and num_correct == 0 and (grad_logits == 0).all() and grad_logits.shape == (R, V)
 
 
@@ -128,6 +191,21 @@ def test_words_of_no_probability(device: str, V: int):
     for got, want in zip(fast, eager, strict=True):
         torch.testing.assert_close(got, want)
     assert (fast[1][:, : V // 2] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value):RuntimeWarning")  # NumPy, interpreting
+@pytest.mark.parametrize("V", [50, 20_000])
+@pytest.mark.parametrize("weights", [{}, *WEIGHTS], ids=str)
+def test_a_label_of_no_probability(device: str, weights: dict[str, Any], V: int):
+    """Costs an infinite loss, not NaN, also where the first block of the loop holds nothing but such words."""
+    logits, labels = make_inputs(device, 2, V, torch.float32)
+    labels[:] = 3
+    logits[:, : V // 2] = -float("inf")
+    fast = run_triton(logits, labels, **weights)
+    eager = run(cross_entropy_reference, logits, labels, **weights)
+    for got, want in zip(fast, eager, strict=True):
+        torch.testing.assert_close(got, want)
+    assert fast[0] == float("inf") and torch.isfinite(fast[1]).all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, under the interpreter
@@ -182,7 +260,8 @@ def test_without_a_gradient_none_is_written(device: str):
     assert torch.equal(loss, same) and torch.equal(loss, with_grad) and num_correct == correct_with_grad
     count = torch.ones((), device=device)
     for wanted, size in ((False, 0), (True, logits.numel())):
-        assert torch.ops.fastbeit.cross_entropy_fwd(logits, labels, count, wanted)[2].numel() == size
+        residual = torch.ops.fastbeit.cross_entropy_fwd(logits, labels, count, 0.0, 0.0, wanted)[2]
+        assert residual.numel() == size
 
 
 def test_backward_twice(device: str):
@@ -199,7 +278,8 @@ def test_ops_are_good_citizens(device: str, V: int):
     """Schema, fake kernels and autograd registration agree with what the ops do."""
     logits, labels = make_inputs(device, 5, V, torch.float32)
     count = torch.tensor(4.0, device=device)
-    for args in ((logits.requires_grad_(), labels, count, True), (logits.detach(), labels, count, False)):
+    settings = count, 0.1, 1e-4
+    for args in ((logits.requires_grad_(), labels, *settings, True), (logits.detach(), labels, *settings, False)):
         torch.library.opcheck(torch.ops.fastbeit.cross_entropy_fwd.default, args)
     torch.library.opcheck(torch.ops.fastbeit.cross_entropy_bwd.default, (count, count, logits.detach()))
 
@@ -243,6 +323,10 @@ def test_flops_of_both_ways(device: str):
         (dict(labels=torch.zeros(8, dtype=torch.int64)[::2]), r"contiguous.*\(2,\)"),
         (dict(count=torch.ones(1)), r"scalar count.*\(1,\) on cpu"),
         (dict(labels=torch.zeros(4, dtype=torch.int64, device="meta")), r"on the device of the logits.*on meta"),
+        (dict(label_smoothing=1.0), r"label_smoothing in \[0, 1\); got 1.0"),
+        (dict(label_smoothing=float("nan")), "label_smoothing .* got nan"),
+        (dict(z_loss=-1e-4), "a finite z_loss of at least 0; got -0.0001"),
+        (dict(z_loss=float("inf")), "a finite z_loss of at least 0; got inf"),
         (dict(backend="cuda"), "backend wants one of auto, triton, reference; got 'cuda'"),
     ],
 )
