@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import ops as ops_module
 from benchmarks.compiled import Compiled
 from benchmarks.kernels import (
     WARM_UP,
@@ -35,12 +34,6 @@ from fastbeit_kernels.backend import INTERPRETED
 
 TINY = Shapes(B=2, grid=4, M=6, D=48, V=100, P=8)
 IDLE: dict[str, Any] = {"copy": lambda _: lambda: None, "product": lambda _: lambda: None}
-
-
-@pytest.fixture(autouse=True)
-def multiply_float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the interpreter, which in Triton 3.7.1 multiplies bfloat16 as the integers that it keeps it in."""
-    monkeypatch.setattr(ops_module, "DTYPE", torch.float16)
 
 
 def bench(device: str, clock: Callable[[Callable[[], object]], float], l2_bytes: int = 2**14) -> Bench:
