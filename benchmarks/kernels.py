@@ -180,7 +180,7 @@ def measure(op: Op, contestants: dict[str, Callable], bench: Bench, rounds: int)
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        cells = [f"{row['op']:22} {row['who']:8}"]
+        cells = [f"{row['op']:22} {row['who']:10}"]
         if "us" in row:
             cells.append(f"{row['us']:10.1f} us {row['peak_mib']:9.1f} MiB")
         if "gb_per_s" in row:

@@ -91,6 +91,8 @@ def linear_cross_entropy_op(shapes: Shapes, backend: Backend) -> Op:
 
     ours = partial(linear_cross_entropy, backend=backend)
     contestants: dict[str, Callable] = dict(ours=ours, eager=linear_cross_entropy_reference)
+    # the default chunk is 16 MiB of logits, 1024 rows of 8192 words
+    contestants |= {f"{chunk} rows": partial(ours, chunk=chunk) for chunk in (512, 2048, shapes.R)}
     contestants["torch"] = _torch_linear_cross_entropy
     if liger.INSTALLED:
         contestants["liger"] = liger.linear_cross_entropy

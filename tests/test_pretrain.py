@@ -15,6 +15,7 @@ from fastbeit.checkpoint import load_model, load_optimizer, resolve_checkpoint
 from fastbeit.config import load_config
 from fastbeit.errors import RunError
 from fastbeit.pretrain import pretrain
+from fastbeit_kernels.backend import INTERPRETED
 from tiny import make_parts, make_photos, make_tokenizer, run, write_config
 
 
@@ -224,11 +225,23 @@ def test_a_file_gone_bad_is_replaced_counted_and_named(train, parts, tmp_path):
     assert "03.jpg" in line
 
 
-def test_triton_and_reference_train_alike(train):
-    """Embedding, masks and loss by the kernels, interpreted where there is no GPU; float32, so that bits are few."""
-    options = {"optim__steps": 20, "optim__batch_size": 2, "optim__lr": 1e-3, "engine__precision": "fp32"}
-    _, triton = train("triton", kernels__backend="triton", **options)
+@pytest.mark.skipif(not INTERPRETED, reason="sees the launches of interpreted kernels")
+def test_triton_and_reference_train_alike(train, monkeypatch):
+    """Embedding, masks and loss by the interpreted kernels."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launched, launch = set(), GridExecutor.__call__
+
+    def noted(self, *args, **kwargs):
+        launched.add(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", noted)
+    options = {"optim__steps": 20, "optim__batch_size": 2, "optim__lr": 1e-3}
     _, reference = train("reference", kernels__backend="reference", **options)
+    assert not launched
+    _, triton = train("triton", kernels__backend="triton", **options)
+    assert {"_masked_embed_fwd_kernel", "_block_masks_kernel", "_cross_entropy_fwd_kernel"} <= launched
     assert len(triton) == 20 and losses(triton) == pytest.approx(losses(reference), abs=1e-5, rel=0)
 
 
