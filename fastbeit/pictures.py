@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastbeit.evaluate import batches_of, held_out_seed, visual_tokens
 from fastbeit.masking import draw_masks, plan_prediction
-from fastbeit.model.vit import patchify
 from fastbeit.trained import Figures, Trained
+from fastbeit_kernels.masked_embed import patchify
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no display

@@ -27,7 +27,7 @@ from fastbeit.model.beit import Beit, make_beit
 from fastbeit.optim import learning_rate, make_optimizer, set_learning_rate
 from fastbeit.rundir import RunLog, Stop, claim
 from fastbeit.tokenizer.weights import load_tokenizer
-from fastbeit_kernels.backend import check_backend
+from fastbeit_kernels.backend import check_backend, uses_triton
 
 MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run is stopped
 
@@ -238,8 +238,10 @@ def _greet(log: RunLog, config: Config, world: World, model: Beit, num_images: i
     for problem in problems:
         log.say(f"checkpoint passed over: {problem}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    kernels = "triton" if uses_triton(config.kernels.backend, world.device) else "reference"
     log.say(
         f"{num_images:,} images, {parameters:,} parameters, {world.size} rank(s) on {world.device.type}, "
+        f"{kernels} kernels, "
         f"steps {log.first_step} to {log.num_steps}, out {config.out}"
     )
     if config.data.views:

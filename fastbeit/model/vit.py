@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastbeit.config import ModelConfig
 from fastbeit_kernels.backend import Backend
-from fastbeit_kernels.masked_embed import masked_embed
+from fastbeit_kernels.masked_embed import masked_embed, patchify
 
 NORM_EPS = 1e-6  # the authors'; PyTorch's own is 1e-5
 INIT_STD = 0.02
@@ -32,20 +32,6 @@ Size = tuple[int, int]
 def take(x: Tensor, idx: Tensor) -> Tensor:
     """Rows of x [B, S, D] at idx [B, M], distinct in an image: [B, M, D]."""
     return x.gather(1, idx[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def patchify(images: Tensor, patch_size: Size) -> Tensor:
-    """Cut images into patches, each flattened as a convolution's weight is: channel, row, column.
-
-    Args:
-        images: [B, height, width, 3].
-
-    Returns:
-        [B, N, P], patches in row-major order.
-    """
-    height, width = patch_size
-    patches = images.unflatten(2, (-1, width)).unflatten(1, (-1, height))  # [B, down, height, across, width, 3]
-    return patches.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
 
 
 class PatchProjection(nn.Module):

@@ -33,14 +33,18 @@ UNFOLD_BYTES = 16 * 2**20
 UNFOLD_TILES = dict(BLOCK_T=32, BLOCK_K=128, num_warps=4)
 
 
+def patchify(images: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """From [B, height, width, 3] the patches in row-major order, [B, N, K]; each, as a weight: channel, row, column."""
+    height, width = patch_size
+    patches = images.unflatten(2, (-1, width)).unflatten(1, (-1, height))  # [B, down, height, across, width, 3]
+    return patches.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
+
+
 def masked_embed_reference(
     images, masked, weight, bias, cls_token, mask_token, positions, mean, std, dtype, out_dtype
 ) -> Tensor:
     """The definition in plain PyTorch; arguments as in `masked_embed`, all but the images in float64 too."""
-    pixels = (images.to(mean.dtype) / 255 - mean) / std
-    height, width = weight.shape[2:]
-    patches = pixels.unflatten(2, (-1, width)).unflatten(1, (-1, height))  # [B, down, height, across, width, 3]
-    patches = patches.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)  # [B, N, 3 * height * width]
+    patches = patchify((images.to(mean.dtype) / 255 - mean) / std, weight.shape[2:])
     with without_autocast(images.device):  # else it, and not `dtype`, would choose
         x = F.linear(patches.to(dtype), weight.flatten(1).to(dtype), bias.to(dtype))
     # chosen, not blended: what a masked patch holds cannot leak, not even as NaN
