@@ -125,13 +125,13 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
             plan = plan_prediction(masks, config.num_patches, config.predict, tokens)
             keep = drop_path_keep(config.seed, step, batch.sample.numpy(), drop_rates)
             keep = torch.from_numpy(keep).to(device)  # [L, 2, B]
-            count = world.add((plan.labels != UNUSED).sum()).clamp_min(1)
+            count = world.add((plan.labels != UNUSED).sum())
             stopping, saving, num_bad = world.sum([stop.wanted, stop.save_wanted, len(batch.bad)])
             lr = learning_rate(step, num_steps, num_warmup, optim)
             set_learning_rate(optimizer, lr)
             for rows in _micro_batches(len(images), optim.accumulate):
                 inputs = images[rows], plan.masked[rows], plan.predict_idx[rows], plan.labels[rows], keep[..., rows]
-                meter.add(*engine.accumulate(inputs, count, is_last=rows.stop == len(images)))
+                meter.add(*engine.accumulate(inputs, count.clamp_min(1), is_last=rows.stop == len(images)))
             meter.end_step(count, grad_norm=engine.step())
             # ---------------------------------------------------------------------------------------------------------
 
