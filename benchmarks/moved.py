@@ -61,8 +61,7 @@ def moved_by_cross_entropy(shapes: Shapes) -> Iterator[Moved]:
     """Rows of up to 8192 logits stay in registers; for longer ones the forward has another kernel."""
     op = cross_entropy_op(shapes, "triton")
     inputs = op.make_inputs("cpu", 0)
-    unread = int((inputs["labels"] == -100).sum()) * shapes.V * DTYPE.itemsize  # logits of unlabelled rows
-    minimum = op.num_bytes - unread + shapes.R * (8 + 4 + 4)  # a label, a loss, whether it is right
+    minimum = _loss_minimum(inputs["labels"], shapes)
     traffic = traffic_of(op, inputs, resident(2, shapes))
     if shapes.V > 8192:
         forward = "_cross_entropy_fwd_loop_kernel"
@@ -81,9 +80,15 @@ def moved_by_cross_entropy(shapes: Shapes) -> Iterator[Moved]:
 def moved_by_linear_cross_entropy(shapes: Shapes) -> Iterator[Moved]:
     """Its own kernel, which is that of the cross-entropy at work in place; the products are cuBLAS's."""
     op = linear_cross_entropy_op(shapes, "triton")
-    traffic = traffic_of(op, op.make_inputs("cpu", 0), resident(2, shapes))
-    kernel, matrix = "_cross_entropy_fwd_kernel", shapes.R * shapes.V * DTYPE.itemsize
-    yield _moved(kernel, "in place", 2 * matrix + shapes.R * (8 + 4 + 4), traffic.total(kernel), shapes)
+    inputs = op.make_inputs("cpu", 0)
+    traffic, kernel = traffic_of(op, inputs, resident(2, shapes)), "_cross_entropy_fwd_kernel"
+    yield _moved(kernel, "in place", _loss_minimum(inputs["labels"], shapes), traffic.total(kernel), shapes)
+
+
+def _loss_minimum(labels: Tensor, shapes: Shapes) -> int:
+    """Logits of labelled rows read, all gradients written; and of a row its label, loss and whether it is right."""
+    row = shapes.V * DTYPE.itemsize
+    return int((labels != -100).sum()) * row + shapes.R * (row + 8 + 4 + 4)
 
 
 def moved_by_masked_embed(shapes: Shapes, show_all: bool = False) -> Iterator[Moved]:
