@@ -22,14 +22,15 @@ MMA = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx94
 class Case:
     """A kernel as its launcher launches it, and what its code must look like.
 
-    Pointers that `pointers` does not name are of `dtype`. Bulk is what grows with the problem; a kernel that loads
-    (stores) it does so 128 bits at a time, beside at most `narrow_loads` (`narrow_stores`) other accesses.
+    Pointers that `types` does not name are of `dtype`, other arguments int32. Bulk is what grows with the problem; a
+    kernel that loads (stores) it does so 128 bits at a time, beside at most `narrow_loads` (`narrow_stores`) other
+    accesses.
     """
 
     kernel: Any
     variant: str
     dtype: str
-    pointers: dict[str, str]
+    types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any]
     loads_bulk: bool = True
@@ -48,7 +49,7 @@ class Case:
         def type_of(name: str) -> str:
             if name in self.constants:
                 return "constexpr"
-            return self.pointers.get(name, f"*{self.dtype}") if name.endswith("_ptr") else "i32"
+            return self.types.get(name, f"*{self.dtype}" if name.endswith("_ptr") else "i32")
 
         signature = {name: type_of(name) for name in self.kernel.arg_names}
         # sizes and addresses are multiples of 16, as the launch would find; without this no access is 128 bits wide

@@ -37,8 +37,8 @@ def cross_entropy_cases() -> list[Case]:
     flags = dict(RETURN_Z_LOSS=False, RETURN_TOKEN_ACCURACY=False, RETURN_PREDICTED_TOKENS=False)
     flags |= dict(HAS_WEIGHT=False, HAS_SOFTCAPPING=False, HAS_GRADIENTS=True)
     constants = absent | strides | loss | flags
-    pointers = dict(Y_ptr="*i64")
+    types = dict(Y_ptr="*i64")
     return [
-        Case(liger_cross_entropy_kernel, "shipped", "bf16", pointers, constants, dict(num_warps=32)),
-        Case(liger_cross_entropy_kernel, "folded", "bf16", pointers, constants | dict(n_cols=8192), dict(num_warps=8)),
+        Case(liger_cross_entropy_kernel, "shipped", "bf16", types, constants, dict(num_warps=32)),
+        Case(liger_cross_entropy_kernel, "folded", "bf16", types, constants | dict(n_cols=8192), dict(num_warps=8)),
     ]

@@ -32,10 +32,10 @@ def masked_embed_cases() -> Iterator[Case]:
 
     from fastbeit_kernels import masked_embed as me
 
-    def make(kernel: Any, variant: str, dtype: str, pointers: dict, constants: dict, tiles: dict, **expected: Any):
+    def make(kernel: Any, variant: str, dtype: str, types: dict, constants: dict, tiles: dict, **expected: Any):
         blocks = {name: size for name, size in tiles.items() if name.startswith("BLOCK")}
         options = {name: number for name, number in tiles.items() if name not in blocks}
-        return Case(kernel, variant, dtype, pointers, constants | blocks, options, **expected)
+        return Case(kernel, variant, dtype, types, constants | blocks, options, **expected)
 
     geometry = dict(S=197, K=768, RUN=48, ACROSS=14)  # 14 x 14 patches of 16 x 16 pixels
     source = dict(images_ptr="*u8", masked_ptr="*i1")
@@ -59,14 +59,14 @@ def block_masks_cases() -> Iterator[Case]:
     from fastbeit_kernels import block_masks as bm
 
     names = "epoch_ptr", "sample_ptr", "masked_idx_ptr", "num_masked_ptr"
-    pointers = {name: "*i64" for name in names}
+    types = {name: "*i64" for name in names} | dict(seed="i64")
     # nothing is bulk: a program reads two numbers, scatters 8 patches a thread and writes their count
     expected: dict[str, Any] = dict(loads_bulk=False, narrow_loads=2, stores_bulk=False, narrow_stores=9)
     for variant, side, num_masked, block in (("masks", 14, 75, 256), ("largest", 32, 400, 1024)):
         common = dict(M=num_masked, PURPOSE=bm.PURPOSE, BLOCK_N=block)
         rule = dict(H=side, W=side, MIN_BLOCK=16, LOG_ASPECT=math.log(0.3), ATTEMPTS=bm.ATTEMPTS)
         for kernel, shape in ((bm._block_masks_kernel, rule), (bm._random_masks_kernel, dict(N=side * side))):
-            yield Case(kernel, variant, "i64", pointers, common | shape, bm.launch_options(block), **expected)
+            yield Case(kernel, variant, "i64", types, common | shape, bm.launch_options(block), **expected)
 
 
 def cases() -> Iterator[Case]:
