@@ -19,7 +19,7 @@ GUARD_BYTES = 4096  # on each side of a buffer; a multiple of 16, so that access
 UNTOUCHED = 0xA5
 
 
-class _InsideOps(TorchDispatchMode):
+class InsideOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func._schema.name in OPDEFS:
             with self:
@@ -30,7 +30,7 @@ class _InsideOps(TorchDispatchMode):
         raise NotImplementedError
 
 
-class NoSync(_InsideOps):
+class NoSync(InsideOps):
     """Refuses what makes the host wait for the device."""
 
     REFUSED = (aten.item, aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero)
@@ -40,7 +40,7 @@ class NoSync(_InsideOps):
         return func(*args, **kwargs)
 
 
-class GuardZones(_InsideOps):
+class GuardZones(InsideOps):
     """Puts each buffer that an op allocates between two zones; `check` fails when a kernel wrote into one."""
 
     ALLOCATE = (aten.empty, aten.empty_like, aten.new_empty)

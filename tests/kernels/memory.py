@@ -6,13 +6,13 @@ are not seen.
 
 from typing import Any
 
-from launchers import _InsideOps
+from launchers import InsideOps
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 
-class PeakMemory(_InsideOps):
+class PeakMemory(InsideOps):
     """Counts bytes that are allocated while it is on; `peak` is the most that were alive after an operation."""
 
     def __init__(self) -> None:
