@@ -15,6 +15,9 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit index DIR -o images.idx                 list the images of a folder
   fastbeit tokenizer train --data images.idx -o DIR
                                                    train a dVAE of your own on them
+  fastbeit tokenizer fetch -o DIR                  or take OpenAI's, of the paper: downloaded,
+  fastbeit tokenizer import FILE [FILE] -o DIR     or from weights that you have; nothing in them is run
+  fastbeit tokenize CONFIG data.views=K            tokens of K crops an image ahead of time; pretrain data.tokens=tokens
   fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues
   fastbeit report RUN                              pictures and the HTML page of a run
 
@@ -63,6 +66,38 @@ def _pretrain(args: list[str]) -> int:
     from fastbeit.pretrain import pretrain
 
     return pretrain(config, command=["fastbeit", "pretrain", *args])
+
+
+def _tokenize(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit tokenize",
+        description="Tokens of data.views crops of each image, those that `fastbeit pretrain` will draw with the same "
+        "CONFIG and keys; the same command again continues. Runs under the launchers of several ranks too.",
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="as for `fastbeit pretrain`")
+    parser.add_argument(
+        "settings",
+        nargs=argparse.REMAINDER,
+        metavar="key=value",
+        help="data.views=K; data.tokens=DIR is where they go (tokens)",
+    )
+    parser.add_argument("--info", type=Path, metavar="DIR", help="check the tokens in DIR, and say what they are")
+    options = parser.parse_args(args)
+
+    if options.info:
+        from fastbeit.tokenizer.cache import open_cache
+        from fastbeit.tokenizer.cache_info import describe
+
+        print(describe(open_cache(options.info)))
+        return DONE
+    if not options.config:
+        parser.error("CONFIG or --info DIR is wanted")
+
+    from fastbeit.config import load_config
+    from fastbeit.tokenize import tokenize
+
+    config = load_config(options.config, _overrides(options.settings))
+    return tokenize(config, command=["fastbeit", "tokenize", *args])
 
 
 def _explain_config(args: list[str]) -> int:
@@ -116,22 +151,61 @@ def _index(args: list[str]) -> int:
 
 
 def _tokenizer(args: list[str]) -> int:
+    actions = {"train": _train_tokenizer, "import": _import_tokenizer, "fetch": _fetch_tokenizer}
+    parser = argparse.ArgumentParser("fastbeit tokenizer", description="Make what gives images their visual tokens.")
+    parser.add_argument("action", choices=actions, help="train your own, import files of others, fetch OpenAI's")
+    return actions[parser.parse_args(args[:1]).action](args)
+
+
+def _import_tokenizer(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "fastbeit tokenizer", description="Train a dVAE of your own; the same command again continues."
+        "fastbeit tokenizer import",
+        description="Make a tokenizer of weights that others released: OpenAI's encoder.pkl and decoder.pkl, "
+        "mmpretrain's dalle_encoder.pth, the BEiT authors' pytorch_model.bin, or a codebook in safetensors. Nothing "
+        "that a file says is run.",
     )
-    parser.add_argument("action", choices=["train"])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="one, or encoder and decoder")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    options = parser.parse_args(args[1:])
+
+    from fastbeit.tokenizer.released import import_tokenizer
+
+    print(import_tokenizer(options.files, options.output))
+    return DONE
+
+
+def _fetch_tokenizer(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit tokenizer fetch",
+        description="Download the dVAE that OpenAI released (400 MB) and import it; the same command again continues.",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    options = parser.parse_args(args[1:])
+
+    from fastbeit.tokenizer.fetch import fetch_tokenizer
+
+    print(fetch_tokenizer(options.output))
+    return DONE
+
+
+def _train_tokenizer(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit tokenizer train", description="Train a dVAE of your own; the same command again continues."
+    )
     parser.add_argument("--data", type=Path, required=True, help="index of the images, made by `fastbeit index`")
+    parser.add_argument("--val", type=Path, help="index of held-out images that the tokenizer is judged by")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="`fastbeit tokenizer train --keys` lists them")
 
     from fastbeit.config import configure
-    from fastbeit.tokenizer.train import TokenizerTrainConfig, train_tokenizer
+    from fastbeit.tokenizer.recipe import TokenizerTrainConfig
+    from fastbeit.tokenizer.train import train_tokenizer
 
     if "--keys" in args:
         return _explain_fields("fastbeit tokenizer train", configure(TokenizerTrainConfig, []))
-    options = parser.parse_intermixed_args(args)
+    options = parser.parse_intermixed_args(args[1:])
     config = configure(TokenizerTrainConfig, options.settings)
-    return train_tokenizer(config, options.data, options.output, command=["fastbeit", "tokenizer", *args])
+    return train_tokenizer(config, options.data, options.val, options.output, command=["fastbeit", "tokenizer", *args])
 
 
 def _report(args: list[str]) -> int:
@@ -156,19 +230,19 @@ def _demo(args: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory; the same again continues")
     parser.add_argument("--data", type=Path, help="folder of photos of your own")
-    parser.add_argument("--tokenizer", nargs="*", default=[], metavar="key=value", help="settings of its training")
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value", help="settings of pre-training")
     options = parser.parse_args(args)
 
     from fastbeit.demo import run_demo
 
-    return run_demo(options.out, options.data, options.tokenizer, options.pretrain, [], ["fastbeit", "demo", *args])
+    return run_demo(options.out, options.data, options.pretrain, [], ["fastbeit", "demo", *args])
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "index": _index,
     "tokenizer": _tokenizer,
+    "tokenize": _tokenize,
     "pretrain": _pretrain,
     "report": _report,
 }

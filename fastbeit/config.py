@@ -63,6 +63,11 @@ class DataConfig(Section):
         default="drop",
         description="images that do not fill a batch at the end of an epoch: drop them, or wrap into the next",
     )
+    tokens: str = Field(
+        default="",
+        description="directory of tokens made by `fastbeit tokenize`; wants views > 0. No tokenizer is loaded, but for "
+        "the time of a validation: the one that made them, from tokenizer.path. Empty: tokens are made on the fly",
+    )
     pipeline: Literal["torch", "dali", "pillow"] = Field(default="torch", description="who decodes and resizes")
     num_workers: int = Field(
         default=4, ge=0, description="decoding processes a rank; 0: decode in the training process"
@@ -93,7 +98,13 @@ class TokenizerConfig(Section):
     """Where visual tokens come from (section 2.1)."""
 
     path: str = Field(
-        default="", description="directory with dvae.safetensors and dvae.json, made by `fastbeit tokenizer`"
+        default="",
+        description="directory with dvae.safetensors and dvae.json, made by `fastbeit tokenizer`; empty: the small "
+        "tokenizer in the box",
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="of the encoder; auto: fp16 on cuda, fp32 where that changes over 1 % of tokens and on the cpu",
     )
 
 
@@ -239,6 +250,11 @@ class Config(Section):
             raise ValueError(
                 f"masking.min_block {self.masking.min_block} is more than masking.num_masked "
                 f"{self.masking.num_masked}: most masks would be empty; lower min_block"
+            )
+        if self.data.tokens and self.objective != "tokens":
+            raise ValueError(
+                f"data.tokens '{self.data.tokens}' holds visual tokens, and objective={self.objective} predicts none; "
+                "leave data.tokens empty"
             )
         if self.mask == "none" and self.predict == "masked":
             raise ValueError("mask=none leaves nothing to predict with predict=masked; set predict=all")

@@ -15,21 +15,16 @@ from fastbeit.errors import DONE
 from fastbeit.photos import gather_photos
 from fastbeit.trained import Figures
 
-# straight-through words and a computed start: 64 words serve within a minute, where Gumbel-softmax alone keeps a dozen
-TOKENIZER = "image_size=64 crop_scale=[0.2,1] n_hid=16 n_init=64 vocab_size=64 batch_size=32 steps=120 lr=1e-3".split()
-LOGGING = "num_workers=1 log_every=20 save_every=40".split()
 # what the demo promises on the photos of the packages; below it, something is amiss
 WANTED_GAIN, WANTED_TRAIN_GAIN, WANTED_WORDS = 0.3, 0.5, 48
 
 
-def run_demo(
-    out: Path, source: Path | None, tokenizer: list[str], overrides: list[str], report: list[str], command: list[str]
-) -> int:
-    """Gather photos, index them, train a tokenizer, pre-train, report; say what was learnt and where to look.
+def run_demo(out: Path, source: Path | None, overrides: list[str], report: list[str], command: list[str]) -> int:
+    """Gather photos, index them, pre-train with the tokenizer in the box, report; say what was learnt, where to look.
 
     Args:
         source: a folder of photos; None: those of scikit-image, scikit-learn and sporco.
-        tokenizer, overrides: `key=value` for the tokenizer's training and for pre-training.
+        overrides: `key=value` for pre-training.
         report: further arguments of `fastbeit report`.
         command: what the user typed, said again where the demo stops early.
 
@@ -39,7 +34,7 @@ def run_demo(
     began = time.monotonic()
     num_train, num_held_out = gather_photos(out / "photos", source)
     print(f"{num_train} photos to learn from, {num_held_out} held out, in {out / 'photos'}")
-    for words in _commands(out, tokenizer, overrides, report):
+    for words in _commands(out, overrides, report):
         print(f"\n$ {shlex.join(['fastbeit', *words])}", flush=True)
         code = main(words)
         if code != DONE:
@@ -53,14 +48,13 @@ def run_demo(
     return DONE
 
 
-def _commands(out: Path, tokenizer: list[str], overrides: list[str], report: list[str]) -> list[list[str]]:
+def _commands(out: Path, overrides: list[str], report: list[str]) -> list[list[str]]:
     indices = {part: out / f"{part}.idx" for part in ("train", "held_out")}
-    data = f"data.index={indices['train']}", f"data.val_index={indices['held_out']}", f"tokenizer.path={out / 'dvae'}"
+    data = f"data.index={indices['train']}", f"data.val_index={indices['held_out']}"
     commands: list[list[object]] = [
         ["index", out / "photos" / part, "-o", index] for part, index in indices.items() if not index.exists()
     ]
     commands += [
-        ["tokenizer", "train", "--data", indices["train"], "-o", out / "dvae", *TOKENIZER, *LOGGING, *tokenizer],
         ["pretrain", _config_file(), f"out={out / 'run'}", *data, *overrides],
         ["report", out / "run", "-o", out / "report.html", *report],
     ]

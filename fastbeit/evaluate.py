@@ -17,8 +17,8 @@ from fastbeit.data.pipeline import Batch, make_loader
 from fastbeit.engine import World
 from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import Beit
-from fastbeit.tokenizer.dvae import Tokenizer
-from fastbeit.tokenizer.usage import word_usage
+from fastbeit.tokenizer.protocol import Tokenizer
+from fastbeit.tokenizer.quality import word_usage
 
 MAX_BATCH = 256  # images a rank looks at together
 SMOOTHING = 0.5  # added to each word's count, so that an unseen word costs much but not everything

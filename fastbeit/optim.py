@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastbeit.config import OptimConfig
 
+MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run is stopped
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NO_DECAY_TOKENS = ("cls_token", "pos_embed")  # the mask token, the bias table and the head do decay, as officially
 
@@ -79,6 +80,7 @@ def read_moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Te
 def write_moments(model: nn.Module, optimizer: torch.optim.AdamW, moments: dict[str, Tensor]) -> None:
     """The inverse of `read_moments`."""
     for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            key: moments[f"{key}.{name}"].to(parameter.device, copy=True) for key in ("step", *MOMENTS)
-        }
+        state = {"step": moments[f"step.{name}"].to(parameter.device, copy=True)}
+        # in the parameter's memory format: the fused kernel walks both as they lie in memory
+        state |= {key: torch.empty_like(parameter).copy_(moments[f"{key}.{name}"]) for key in MOMENTS}
+        optimizer.state[parameter] = state

@@ -1,5 +1,6 @@
 """The pictures of a report: what the model makes of masked images, and the curves of its training (matplotlib)."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,30 @@ def look_at(run: Trained) -> Look:
 @torch.no_grad()
 def make_panels(run: Trained, look: Look) -> dict[str, Tensor]:
     """The columns of the picture: title to images [n, height, width, 3] uint8."""
-    panels = {
-        "original": look.images,
-        "what the model sees": hide(look.images, look.masked, run.config.model.patch_size),
-    }
+    seen = hide(look.images, look.masked, run.config.model.patch_size)
     if run.tokenizer is None or look.tokens is None:
-        return panels | {"its prediction": _paint(run, look)}
+        return {"original": look.images, "what the model sees": seen, "its prediction": _paint(run, look)}
     guessed = torch.where(look.predicted, look.outputs.argmax(2), look.tokens)
-    return panels | {
-        "its prediction, decoded": run.tokenizer.decode(guessed, run.config.grid),
+    return {
+        "original": look.images,
         "true tokens, decoded": run.tokenizer.decode(look.tokens, run.config.grid),
+        "what the model sees": seen,
+        "its prediction, decoded": run.tokenizer.decode(guessed, run.config.grid),
+        "how unsure it is": entropy_map(look, run.config.grid),
     }
+
+
+def entropy_map(look: Look, grid: tuple[int, int]) -> Tensor:
+    """Entropy of the words that the model thinks of, [n, *look.images.shape[1:]] uint8: dark for none, bright for ln V.
+
+    Patches that it does not predict are gray.
+    """
+    log_p = look.outputs.float().log_softmax(2)
+    share = -(log_p.exp() * log_p).sum(2) / math.log(look.outputs.shape[2])  # [n, N] of the largest entropy
+    colours = torch.from_numpy(matplotlib.colormaps["magma"](share.cpu().numpy(), bytes=True)[..., :3])
+    colours[~look.predicted.cpu()] = GRAY
+    height, width = look.images.shape[1] // grid[0], look.images.shape[2] // grid[1]
+    return colours.unflatten(1, grid).repeat_interleave(height, 1).repeat_interleave(width, 2)
 
 
 def hide(images: Tensor, masked: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -87,7 +101,7 @@ def _paint(run: Trained, look: Look) -> Tensor:
 
 
 def draw_predictions(run: Trained, path: Path) -> Path:
-    """A row an unseen image: original, masked input, prediction, token reconstruction."""
+    """A row an unseen image; the columns are those of `make_panels`."""
     panels = make_panels(run, look_at(run))
     num_rows = len(panels["original"])
     figure, axes = plt.subplots(

@@ -15,21 +15,20 @@ import torch
 import fastbeit
 from fastbeit.checkpoint import find_checkpoint, load_model, load_optimizer, load_state, save_checkpoint
 from fastbeit.config import Config, ConfigError
-from fastbeit.data.index import open_index
+from fastbeit.data.index import Index, open_index
 from fastbeit.data.pipeline import BadSamples, make_loader, steps_per_epoch
 from fastbeit.data.sampling import drop_path_keep
 from fastbeit.engine import World, make_engine, start_world
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, DONE, PREEMPTED, RunError
-from fastbeit.evaluate import evaluate, visual_tokens
+from fastbeit.evaluate import evaluate
 from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.meter import Meter
 from fastbeit.model.beit import Beit, make_beit
-from fastbeit.optim import learning_rate, make_optimizer, set_learning_rate
+from fastbeit.optim import MAX_SKIPPED_IN_A_ROW, learning_rate, make_optimizer, set_learning_rate
 from fastbeit.rundir import RunLog, Stop, claim
-from fastbeit.tokenizer.weights import load_tokenizer
+from fastbeit.tokenizer.weights import BOX_NOTE, is_box
+from fastbeit.tokens import TokenSource, open_token_source
 from fastbeit_kernels.backend import check_backend, uses_triton
-
-MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run is stopped
 
 
 def pretrain(config: Config, command: list[str]) -> int:
@@ -48,17 +47,16 @@ def pretrain(config: Config, command: list[str]) -> int:
     world = start_world(config.engine)
     _check_batch(config, world)
     _check_kernels(config, world)
+    index = open_index(Path(config.data.index))
+    source = open_token_source(config, index, world.device)
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
-        return _train(config, world, stop, command)
+        return _train(config, index, source, world, stop, command)
 
 
-def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
+def _train(config: Config, index: Index, source: TokenSource, world: World, stop: Stop, command: list[str]) -> int:
     out, optim, device = Path(config.out), config.optim, world.device
-    index = open_index(Path(config.data.index))
     val_index = open_index(Path(config.data.val_index)) if config.data.val_index else None
-    tokenizer = load_tokenizer(Path(config.tokenizer.path), device) if config.objective == "tokens" else None
-    token_size = tokenizer.view_size(config.grid) if tokenizer else None
     epoch_steps = steps_per_epoch(len(index), optim.batch_size, config.data.tail)
     num_steps = optim.steps or optim.epochs * epoch_steps
     num_warmup = min(optim.warmup_steps or optim.warmup_epochs * epoch_steps, num_steps)
@@ -68,11 +66,11 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
     # 2. weights, before the engine takes its share of them
     # 3. moments, which the engine spreads over its ranks
     # 4. the step: order, crops, masks, drop path and learning rate are functions of it
-    origin = {"index": index.fingerprint, "tokenizer": tokenizer.fingerprint if tokenizer else None}
+    origin = {"index": index.fingerprint, "tokenizer": source.fingerprint}
     found, problems = find_checkpoint(out / "checkpoints")
     first_step = _resumed_step(found, origin) if found else 0
     torch.manual_seed(config.seed)
-    model = make_beit(config, vocab_size=tokenizer.vocab_size if tokenizer else None)
+    model = make_beit(config, vocab_size=source.vocab_size)
     if found:
         model.load_state_dict(load_model(found))
     model.to(device)
@@ -86,7 +84,7 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
     loader = make_loader(
         config.data,
         index,
-        token_size=token_size,
+        token_size=source.token_size,
         batch_size=optim.batch_size,
         seed=config.seed,
         rank=world.rank,
@@ -111,14 +109,14 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
         RunLog(out if world.rank == 0 else None, first_step, num_steps) as log,
         _profiler(config, out, world) as profiler,
     ):
-        _greet(log, config, world, model, len(index), problems)
+        _greet(log, config, world, model, source, len(index), problems)
         waiting_since = time.perf_counter()
         for step, batch in enumerate(batches, first_step):
             meter.waited(time.perf_counter() - waiting_since)
 
             # ---- one step -------------------------------------------------------------------------------------------
             images = batch.images.to(device, non_blocking=True)
-            tokens = visual_tokens(tokenizer, batch, device)
+            tokens = source.visual_tokens(batch)
             samples = batch.epoch.to(device, non_blocking=True), batch.sample.to(device, non_blocking=True)
             rule = config.mask, config.masking, config.grid, config.seed
             masks = draw_masks(*rule, *samples, config.kernels.backend)
@@ -154,7 +152,7 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
 
             # once in a while: look at held-out images
             if val_index and (done == num_steps or (config.log.val_every and done % config.log.val_every == 0)):
-                held_out = evaluate(config, model, tokenizer, val_index, world, num_val_crops)
+                held_out = evaluate(config, model, source.tokenizer(), val_index, world, num_val_crops)
                 log.write({"step": done, "event": "validation", "loss": held_out.loss, "accuracy": held_out.accuracy})
                 log.say(f"step {done}  held-out loss {held_out.loss:.4f}  masked accuracy {held_out.accuracy:.4f}")
 
@@ -175,14 +173,14 @@ def _train(config: Config, world: World, stop: Stop, command: list[str]) -> int:
 
 def _check_paths(config: Config) -> None:
     """What a run cannot do without is said before anything is started."""
-    wanted = {"out": config.out, "data.index": config.data.index}
-    if config.objective == "tokens":
-        wanted["tokenizer.path"] = config.tokenizer.path
-    for key, value in wanted.items():
+    for key, value in {"out": config.out, "data.index": config.data.index}.items():
         if not value:
             raise ConfigError(f"{key} is not set; add {key}=PATH")
-    for key, value in {**wanted, "data.val_index": config.data.val_index}.items():
-        if key != "out" and value and not Path(value).exists():
+    paths = {"data.index": config.data.index, "data.val_index": config.data.val_index}
+    if config.objective == "tokens":
+        paths["tokenizer.path"] = config.tokenizer.path
+    for key, value in paths.items():
+        if value and not Path(value).exists():
             hint = "fastbeit tokenizer train --data INDEX -o" if "tokenizer" in key else "fastbeit index DIR -o"
             raise RunError(f"{key}: '{value}' does not exist; make it with `{hint} {value}`", DATA_MISSING)
 
@@ -234,7 +232,15 @@ def _profiler(config: Config, out: Path, world: World):
         yield profiler
 
 
-def _greet(log: RunLog, config: Config, world: World, model: Beit, num_images: int, problems: list[str]) -> None:
+def _greet(
+    log: RunLog,
+    config: Config,
+    world: World,
+    model: Beit,
+    source: TokenSource,
+    num_images: int,
+    problems: list[str],
+) -> None:
     for problem in problems:
         log.say(f"checkpoint passed over: {problem}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -244,6 +250,11 @@ def _greet(log: RunLog, config: Config, world: World, model: Beit, num_images: i
         f"{kernels} kernels, "
         f"steps {log.first_step} to {log.num_steps}, out {config.out}"
     )
+    log.say(f"visual tokens: {source}")
+    if source.agreement is not None:
+        log.write({"step": log.first_step, "event": "tokenizer", "agreement_with_fp32": source.agreement})
+    if source.fingerprint and is_box(source.fingerprint):
+        log.say(BOX_NOTE)
     if config.data.views:
         log.say(
             f"data.views={config.data.views}: only so many crops an image; the official recipe draws new ones (views=0)"

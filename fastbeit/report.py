@@ -82,7 +82,7 @@ def _page(run_folder: Path, run: Trained, figures: Figures, num_crops: int, imag
 <table><tr><th></th><th>{asked}</th><th>unseen crops of training images</th></tr>{rows}</table>
 <p class="quiet">{escape(_explain(figures, num_crops))}</p>
 <h2>What it makes of {"images that it has not seen" if figures.held_out else "images"}</h2>
-<img class="narrow" alt="original, masked input, prediction, true tokens" src="{source["predictions"]}">
+<img class="narrow" alt="original, true tokens, masked input, prediction, entropy" src="{source["predictions"]}">
 <p class="quiet">{escape(_caption(run))}</p>
 <h2>How it got there</h2>
 <img alt="loss, accuracy and learning rate by step" src="{source["curves"]}">
@@ -153,6 +153,8 @@ def _caption(run: Trained) -> str:
     if run.tokenizer is None:
         return f"{hidden}. It predicts their pixels."
     return (
+        "The true tokens, decoded, are what the tokenizer keeps of an image: no prediction can look better. "
         f"{hidden}. Its most likely visual token for each patch that it predicts, and the true tokens elsewhere, are "
-        "decoded by the dVAE; the last column decodes true tokens everywhere: nothing can look better."
+        "decoded. The last column is the entropy of the words that it thinks of: black where it is sure, bright where "
+        "all words are alike to it."
     )

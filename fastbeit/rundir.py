@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from torch import Tensor
 from tqdm import tqdm
 
 from fastbeit.config import Section, save_config
@@ -23,7 +24,7 @@ if sys.platform != "win32":
 # what may differ between the parts of one run: who runs it and what it says, not what it computes
 FREE_SECTIONS = ("engine", "log", "profile")
 FREE_FIELDS = {
-    "data": ("index", "val_index", "num_workers"),
+    "data": ("index", "val_index", "tokens", "num_workers"),
     "optim": ("accumulate",),
     "tokenizer": ("path",),
 }
@@ -39,13 +40,9 @@ def claim(out: Path, config: Section) -> Iterator[None]:
     try:
         if out.is_dir() and not (out / "config.yaml").exists() and any(path.name != ".lock" for path in out.iterdir()):
             raise RunError(f"out '{out}' is not empty and holds no fastbeit run; choose another out", USAGE)
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
     except OSError as err:
-        raise RunError(f"out '{out}' cannot be written: {err.strerror}; choose another out", CANNOT_CREATE) from err
-    with lock:
-        # held until the file is closed or the process dies
-        _lock(lock, out)
+        raise RunError(f"out '{out}' cannot be read: {err.strerror}; choose another out", CANNOT_CREATE) from err
+    with hold(out, "out"):
         if (out / "config.yaml").exists():
             _refuse_another_run(out, config)
         else:
@@ -53,14 +50,37 @@ def claim(out: Path, config: Section) -> Iterator[None]:
         yield
 
 
-def _lock(file: IO[str], out: Path) -> None:
+@contextlib.contextmanager
+def hold(folder: Path, key: str) -> Iterator[None]:
+    """Make a directory that is to be written; while the context lasts no other process can hold it.
+
+    Args:
+        key: of the configuration, where the user chose the directory.
+
+    Raises:
+        RunError: it is not writable (73) or in use (2).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as err:
+        raise RunError(
+            f"{key} '{folder}' cannot be written: {err.strerror}; choose another {key}", CANNOT_CREATE
+        ) from err
+    with lock:
+        # held until the file is closed or the process dies
+        _lock(lock, folder, key)
+        yield
+
+
+def _lock(file: IO[str], folder: Path, key: str) -> None:
     if sys.platform == "win32":
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as err:
         raise RunError(
-            f"out '{out}' is in use by a run that is alive; wait for it or choose another out", USAGE
+            f"{key} '{folder}' is in use by a run that is alive; wait for it or choose another {key}", USAGE
         ) from err
 
 
@@ -127,6 +147,11 @@ class RunLog:
             for key, value in record.items():
                 if isinstance(value, int | float):
                     self.board.add_scalar(prefix + key, value, record["step"])
+
+    def picture(self, name: str, pixels: Tensor, step: int) -> None:
+        """[height, width, 3] uint8, on TensorBoard."""
+        if self.board:
+            self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def show(self, step: int, figures: dict[str, float]) -> None:
         """The same for the eye: beside the bar, or on a line where no terminal looks on."""

@@ -13,8 +13,8 @@ from fastbeit.engine import World
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError
 from fastbeit.evaluate import evaluate, token_histogram, unigram_baseline
 from fastbeit.model.beit import Beit, make_beit
-from fastbeit.tokenizer.dvae import Tokenizer
-from fastbeit.tokenizer.weights import load_tokenizer
+from fastbeit.tokenizer.protocol import Tokenizer
+from fastbeit.tokenizer.weights import box_path, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,14 @@ def open_run(run: Path) -> Trained:
         raise RunError(f"'{run}' is no run directory: it has no config.yaml", USAGE)
     checkpoint = resolve_checkpoint(run)
     config, state = load_config(run / "config.yaml", []), load_state(checkpoint)
-    if config.objective == "tokens" and not Path(config.tokenizer.path).is_dir():
+    if config.objective == "tokens" and not Path(config.tokenizer.path).exists():
         raise RunError(f"the run's tokenizer '{config.tokenizer.path}' is gone", DATA_MISSING)
     world = World(rank=0, size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = load_tokenizer(Path(config.tokenizer.path), world.device) if config.objective == "tokens" else None
+    tokenizer = load_tokenizer(config.tokenizer.path, world.device) if config.objective == "tokens" else None
     if tokenizer and tokenizer.fingerprint != state["tokenizer"]:
         raise RunError(
-            f"'{config.tokenizer.path}' is not the tokenizer that the run was trained with", CHECKPOINT_UNUSABLE
+            f"'{config.tokenizer.path or box_path()}' is not the tokenizer that the run was trained with",
+            CHECKPOINT_UNUSABLE,
         )
     model = make_beit(config, tokenizer.vocab_size if tokenizer else None)
     model.load_state_dict(load_model(checkpoint))

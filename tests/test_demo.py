@@ -17,7 +17,6 @@ from fastbeit.photos import gather_photos
 from photos import mid_corrupt_jpeg
 from tiny import make_photos
 
-TOKENIZER = ["image_size=32", "steps=2", "batch_size=8", "n_hid=8", "n_init=8", "vocab_size=16", "num_workers=0"]
 MODEL = ["model.width=32", "model.depth=1", "model.mlp_width=32", "data.image_size=32", "masking.num_masked=6"]
 STEPS = ["optim.steps=4", "optim.batch_size=8", "optim.warmup_steps=1", "log.every=1", "log.save_every=2"]
 PRETRAIN = [*MODEL, *STEPS, "data.num_workers=0", "log.val_every=0", "log.val_views=1"]
@@ -28,10 +27,10 @@ COMMAND = ["fastbeit", "demo"]
 def test_the_demo_goes_from_photos_to_a_page_and_goes_on_where_it_stopped(tmp_path, capfd):
     out = tmp_path / "demo"
     source = make_photos(tmp_path / "mine", 12)
-    assert run_demo(out, source, TOKENIZER, PRETRAIN, CROPS, COMMAND) == 0
+    assert run_demo(out, source, PRETRAIN, CROPS, COMMAND) == 0
     first = json.loads((out / "result.json").read_text())
     printed = capfd.readouterr().out
-    commands = "index", "tokenizer train", "pretrain", "report"
+    commands = "index", "pretrain", "report"
     places = [printed.index(f"$ fastbeit {command} ") for command in commands]
     assert places == sorted(places)
     assert f"baseline {first['baseline']:.3f}  model {first['loss']:.3f}" in printed
@@ -41,22 +40,22 @@ def test_the_demo_goes_from_photos_to_a_page_and_goes_on_where_it_stopped(tmp_pa
 
     # interrupted after its second step: what is finished stays, the rest is done again to the same end
     (out / "run/checkpoints/step-000004").rename(tmp_path / "gone")
-    before = (out / "train.idx").stat().st_mtime_ns, (out / "dvae/checkpoints/step-000002").stat().st_mtime_ns
-    assert run_demo(out, source, TOKENIZER, PRETRAIN, CROPS, COMMAND) == 0
+    before = (out / "train.idx").stat().st_mtime_ns
+    assert run_demo(out, source, PRETRAIN, CROPS, COMMAND) == 0
     again = json.loads((out / "result.json").read_text())
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
-    assert before == ((out / "train.idx").stat().st_mtime_ns, (out / "dvae/checkpoints/step-000002").stat().st_mtime_ns)
+    assert before == (out / "train.idx").stat().st_mtime_ns
     with pytest.raises(RunError, match="holds photos of .*mine, wanted those of installed packages"):
-        run_demo(out, None, TOKENIZER, PRETRAIN, CROPS, COMMAND)
+        run_demo(out, None, PRETRAIN, CROPS, COMMAND)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     make_photos(tmp_path / "mine", 6)
     # many steps, so that the signal comes in the middle
-    settings = ["--tokenizer", *TOKENIZER, "steps=100000", "log_every=1"]
+    settings = ["--pretrain", *PRETRAIN, "optim.steps=100000"]
     args = [sys.executable, "-m", "fastbeit", "demo", "--data", "mine", "--out", "demo", *settings]
     process = subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log, deadline = tmp_path / "demo/dvae/log.jsonl", time.monotonic() + 60
+    log, deadline = tmp_path / "demo/run/log.jsonl", time.monotonic() + 60
     while not (log.exists() and log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
@@ -64,7 +63,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "to go on: fastbeit demo --data mine --out demo" in stderr.splitlines()[-1]
-    assert list((tmp_path / "demo/dvae/checkpoints").glob("step-*"))
+    assert list((tmp_path / "demo/run/checkpoints").glob("step-*"))
 
 
 def test_the_photos_of_the_packages_are_there(tmp_path):

@@ -6,7 +6,14 @@ from torch import nn
 
 from fastbeit.config import Config, OptimConfig
 from fastbeit.model.beit import make_beit
-from fastbeit.optim import clip_and_step, learning_rate, make_optimizer, parameter_groups
+from fastbeit.optim import (
+    clip_and_step,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    read_moments,
+    write_moments,
+)
 
 
 def test_groups_are_the_authors():
@@ -78,3 +85,29 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison):
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     step(1.0)
     assert not torch.equal(model.weight, before[0]["weight"])
+
+
+def test_moments_are_restored_as_the_weights_lie_in_memory():
+    image = torch.randn(1, 3, 8, 8)
+
+    def take_step(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+        model(image).square().sum().backward()
+        clip_and_step(optimizer, clip_grad=0)
+
+    def make() -> tuple[nn.Module, torch.optim.AdamW]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3)
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch does not declare it
+        return model, make_optimizer(model, OptimConfig(steps=9, lr=0.1))
+
+    whole, optimizer = make()
+    take_step(whole, optimizer)
+    saved, moments = copy.deepcopy((whole.state_dict(), read_moments(whole, optimizer)))
+    take_step(whole, optimizer)
+    resumed, optimizer = make()
+    resumed.load_state_dict(saved)
+    # as they come from a file
+    write_moments(resumed, optimizer, {name: value.contiguous() for name, value in moments.items()})
+    take_step(resumed, optimizer)
+    for value, wanted in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(value, wanted)

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastbeit.config import load_config
 from fastbeit.data.index import build_index
 from fastbeit.errors import RunError
 from fastbeit.evaluate import unigram_baseline
-from fastbeit.pictures import GRAY, hide, look_at, make_panels
+from fastbeit.pictures import GRAY, Look, entropy_map, hide, look_at, make_panels
 from fastbeit.pretrain import pretrain
 from fastbeit.report import verdict, write_report
-from fastbeit.tokenizer.dvae import Architecture, Decoder
-from fastbeit.tokenizer.weights import load_tokenizer, save_tokenizer
+from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder
+from fastbeit.tokenizer.weights import save_tokenizer
 from fastbeit.trained import Figures, open_run
 from tiny import make_parts, make_photos, make_tokenizer, write_config
 
@@ -80,7 +81,10 @@ def blocks(make_run, tmp_path_factory) -> tuple[dict[str, np.ndarray], dict[str,
             alone[..., centre, centre] = weight[..., centre, centre]
             # far from the start, so that words look different
             weight.copy_(alone * 4)
-    save_tokenizer(local, load_tokenizer(local)._encoder, decoder)
+    encoder, prefix = Encoder(decoder.arch), "encoder."
+    tensors = load_file(local / "dvae.safetensors")
+    encoder.load_state_dict({key[len(prefix) :]: tensors[key] for key in tensors if key.startswith(prefix)})
+    save_tokenizer(local, encoder, decoder)
     run = open_run(make_run("blocks", "optim.steps=1", f"tokenizer.path={local}"))
     with torch.no_grad():
         run.model.lm_head.weight.zero_()
@@ -112,6 +116,22 @@ def test_the_prediction_shows_the_model_where_masked_and_the_truth_elsewhere(blo
     assert (predicted[facts["masked"]] == facts["word"]).all()
     np.testing.assert_array_equal(predicted[~facts["masked"]], truth[~facts["masked"]])
     assert len(np.unique(truth.reshape(-1, 8 * 8 * 3), axis=0)) > 4
+
+
+def test_the_entropy_is_black_for_certainty_and_bright_for_ignorance():
+    images, certain = torch.zeros(1, 16, 16, 3, dtype=torch.uint8), torch.zeros(32)
+    certain[7] = 100
+    outputs = torch.stack([certain, torch.zeros(32), certain, torch.zeros(32)])[None]
+    predicted = torch.tensor([[True, True, False, False]])
+    drawn = patches_of_two(entropy_map(Look(images, predicted, predicted, outputs, None), (2, 2)))
+    # the ends of matplotlib's magma; the logarithm may round to the last colour but one
+    assert (drawn[0] == [0, 0, 3]).all() and (np.abs(drawn[1].astype(int) - [252, 253, 191]) <= [1, 4, 4]).all()
+    assert (drawn[2:] == GRAY).all()
+
+
+def patches_of_two(images: torch.Tensor) -> np.ndarray:
+    """[4, 8, 8, 3] of [1, 16, 16, 3]."""
+    return images.numpy().reshape(2, 8, 2, 8, 3).swapaxes(1, 2).reshape(4, 8, 8, 3)
 
 
 def test_pixels_are_painted_where_masked(make_run):

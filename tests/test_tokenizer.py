@@ -37,7 +37,9 @@ def official_input(images: torch.Tensor) -> torch.Tensor:
 def saved(path, arch=TINY, seed=0) -> DiscreteVAE:
     encoder, decoder = randomise(Encoder(arch), seed), randomise(Decoder(arch), seed + 1)
     save_tokenizer(path, encoder, decoder)  # pyright: ignore[reportArgumentType]
-    return load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    assert isinstance(tokenizer, DiscreteVAE)
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_pixels_are_mapped_as_officially():
 def test_tokens_are_the_likeliest_words_row_by_row(narrow):
     images = random_images(2, 32, 48)
     official = dall_e.Encoder(n_hid=64, vocab_size=512)
-    official.load_state_dict(narrow._encoder.state_dict())
+    randomise(official, seed=0)
     tokens = narrow.encode(images)
     assert tokens.dtype == torch.int64 and narrow.grid((32, 48)) == (4, 6)
     with torch.no_grad():
@@ -170,13 +172,13 @@ def test_a_tokenizer_without_decoder_encodes(tmp_path):
     save_tokenizer(tmp_path, Encoder(TINY))
     tokenizer = load_tokenizer(tmp_path)
     tokens = tokenizer.encode(random_images(1, 16, 16))
-    with pytest.raises(TokenizerError, match=r"decoder\.blocks\.input\.w wants \[8, 32, 1, 1\], found nothing"):
+    with pytest.raises(TokenizerError, match="imported or saved without a decoder"):
         tokenizer.decode(tokens)
 
 
 def test_a_tokenizer_is_frozen(tmp_path):
     tokenizer = saved(tmp_path)
-    assert not any(p.requires_grad for p in [*tokenizer._encoder.parameters(), *tokenizer._decoder.parameters()])
+    assert not any(parameter.requires_grad for parameter in tokenizer._decoder.parameters())
     assert not tokenizer.encode(random_images(1, 16, 16)).requires_grad
 
 

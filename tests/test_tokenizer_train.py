@@ -15,9 +15,11 @@ from fastbeit.data.pipeline import make_loader
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, RunError
 from fastbeit.rundir import RunLog
 from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder, one_hot, to_mapped
+from fastbeit.tokenizer.objective import DvaeTrainer, draw_words, follow, logit_laplace, usage_entropy
+from fastbeit.tokenizer.quality import WordUsage, measure_quality, word_usage
+from fastbeit.tokenizer.recipe import TokenizerTrainConfig
 from fastbeit.tokenizer.start import kmeans, nearest, solve_both_ends
-from fastbeit.tokenizer.train import DvaeTrainer, TokenizerTrainConfig, draw_words, logit_laplace, train_tokenizer
-from fastbeit.tokenizer.usage import WordUsage, word_usage
+from fastbeit.tokenizer.train import step_generator, train_tokenizer
 from fastbeit.tokenizer.weights import load_tokenizer
 from tiny import make_photos
 
@@ -61,6 +63,10 @@ def config(**changes) -> TokenizerTrainConfig:
     return TokenizerTrainConfig.model_validate({"steps": 6, **TINY, **changes})
 
 
+def drawing(step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(step)
+
+
 def weights(out: Path) -> bytes:
     return (out / "dvae.safetensors").read_bytes()
 
@@ -92,15 +98,14 @@ def test_the_gradient_of_a_drawn_word_is_that_of_the_relaxation():
     torch.testing.assert_close(grad, wanted)
 
 
-def test_the_loss_of_a_step_is_a_function_of_seed_and_step(photos):
-    images = crops(photos, 4)
-    torch.manual_seed(0)
-    trainer = DvaeTrainer(config())
+def test_the_drawn_words_of_a_step_are_a_function_of_seed_and_step():
+    logits = torch.zeros(1, 24, 8, 8)
 
-    def loss(step: int) -> float:
-        return trainer(images, step)[0].item()
+    def draw(seed: int, step: int) -> list[int]:
+        return draw_words(logits, 1.0, step_generator(seed, step, logits.device)).argmax(1).flatten().tolist()
 
-    assert loss(2) == loss(2) != loss(3)
+    assert draw(0, 2) == draw(0, 2)
+    assert draw(0, 2) != draw(0, 3) != draw(1, 2)
 
 
 def test_the_loss_is_reconstruction_divergence_and_usage(photos):
@@ -108,7 +113,7 @@ def test_the_loss_is_reconstruction_divergence_and_usage(photos):
 
     def loss(**changes) -> float:
         torch.manual_seed(0)
-        return DvaeTrainer(config(**changes))(images, step=5)[0].item()
+        return DvaeTrainer(config(**changes))(images, 5, drawing(5))[0].item()
 
     torch.manual_seed(0)
     with torch.no_grad():
@@ -119,6 +124,77 @@ def test_the_loss_is_reconstruction_divergence_and_usage(photos):
     bare = loss(kl_weight=0, usage_weight=0)
     assert loss(kl_weight=100, usage_weight=0) - bare == pytest.approx(100 / 192 * divergence, rel=1e-3)
     assert loss(kl_weight=0, usage_weight=100) - bare == pytest.approx(100 / 192 * negative_entropy, rel=1e-3)
+
+
+def test_a_word_that_no_patch_could_mean_leaves_the_gradient_finite():
+    logits = torch.zeros(2, 5, 3, 3)
+    logits[:, 4] = -200  # its probability is 0 in float32
+    logits.requires_grad_()
+    entropy = usage_entropy(logits.log_softmax(1))
+    assert entropy.item() == pytest.approx(math.log(4))
+    (grad,) = torch.autograd.grad(entropy, logits)
+    assert grad.isfinite().all()
+
+
+def test_a_training_whose_gradient_is_not_finite_stops(photos, tmp_path, monkeypatch):
+    forward = DvaeTrainer.forward
+
+    def broken(self, *args):
+        loss, *rest = forward(self, *args)
+        return loss * math.inf, *rest
+
+    monkeypatch.setattr(DvaeTrainer, "forward", broken)
+    with pytest.raises(RunError, match="not finite in the last 5 steps up to step 5"):
+        train_tokenizer(config(), photos, None, tmp_path / "dvae", COMMAND)
+
+
+def test_the_average_follows_the_weights():
+    torch.manual_seed(0)
+    model, average = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = average.weight.detach().clone()
+    follow(average, model, step=0, decay=0.999)  # early steps are forgotten soon: 0.9 of the new weights
+    torch.testing.assert_close(average.weight, 0.1 * before + 0.9 * model.weight)
+    follow(average, model, step=10**6, decay=0.75)
+    torch.testing.assert_close(average.weight, 0.075 * before + 0.925 * model.weight)
+    follow(average, model, step=10**6, decay=0)
+    assert torch.equal(average.weight, model.weight)
+
+
+def test_held_out_images_are_measured_with_the_averaged_weights(photos, tmp_path):
+    out = tmp_path / "dvae"
+    train_tokenizer(config(steps=20, save_every=10), photos, photos, out, COMMAND)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if line.get("event") == "held_out"]
+    assert [line["step"] for line in looks] == [10, 20]
+    figures = json.loads((out / "dvae.json").read_text())["origin"]["held_out"]
+    assert all(figures[key] == looks[-1][key] for key in figures) and looks[0] != looks[1]
+    images = crops(photos, 48, seed=3)
+    quality = measure_quality(load_tokenizer(out), [images])
+    assert figures["mean_abs_error"] == pytest.approx(quality.mean_abs_error, rel=0.3)
+    pictures = [path for path in (out / "tensorboard").iterdir() if b"reconstructions" in path.read_bytes()]
+    assert pictures
+
+
+def test_quality_is_the_error_of_pixels_and_the_usage_of_words():
+    class Halves:
+        """A word for dark, a word for bright."""
+
+        vocab_size, fingerprint = 4, ""
+
+        def grid(self, size):
+            return size
+
+        def encode(self, images):
+            return (images[..., 0] > 127).long().flatten(1)
+
+        def decode(self, ids, grid=None):
+            return (ids * 255).byte().unflatten(1, grid)[..., None].expand(-1, -1, -1, 3)
+
+    images = torch.tensor([0, 51, 204, 255], dtype=torch.uint8).view(1, 2, 2, 1).expand(-1, -1, -1, 3)
+    quality = measure_quality(Halves(), [images, images])  # pyright: ignore[reportArgumentType]
+    assert quality.mean_abs_error == pytest.approx(0.1)  # 0, 0.2, 0.2, 0
+    assert quality.psnr_db == pytest.approx(-10 * math.log10(0.02))
+    assert quality.usage.histogram.tolist() == [4, 4, 0, 0]
 
 
 def test_kmeans_finds_what_is_there():
@@ -178,7 +254,7 @@ def test_either_end_learns_through_the_words_what_the_other_knows(photos, part, 
     optimizer = torch.optim.AdamW(pupil.parameters(), lr=3e-3)
     losses = []
     for step in range(40):
-        loss = trainer(images, step % 6)[0]
+        loss = trainer(images, step % 6, drawing(step))[0]
         loss.backward()
         optimizer.step()
         trainer.zero_grad()
@@ -188,7 +264,7 @@ def test_either_end_learns_through_the_words_what_the_other_knows(photos, part, 
 
 
 def test_a_training_keeps_its_words_and_shows_the_photo(photos, tmp_path):
-    assert train_tokenizer(config(steps=30), photos, tmp_path / "dvae", COMMAND) == DONE
+    assert train_tokenizer(config(steps=30), photos, None, tmp_path / "dvae", COMMAND) == DONE
     lines = [json.loads(line) for line in (tmp_path / "dvae" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
     tokenizer, images = load_tokenizer(tmp_path / "dvae"), crops(photos, 48, seed=3)
@@ -201,23 +277,23 @@ def test_a_training_keeps_its_words_and_shows_the_photo(photos, tmp_path):
 
 def test_a_finished_training_is_left_as_it_is(photos, tmp_path, capsys):
     out = tmp_path / "dvae"
-    train_tokenizer(config(), photos, out, COMMAND)
+    train_tokenizer(config(), photos, None, out, COMMAND)
     before, log = weights(out), (out / "log.jsonl").read_text()
-    assert train_tokenizer(config(), photos, out, COMMAND) == DONE
+    assert train_tokenizer(config(), photos, None, out, COMMAND) == DONE
     assert "finished before" in capsys.readouterr().out
     assert weights(out) == before and (out / "log.jsonl").read_text() == log
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(photos, tmp_path, monkeypatch, capfd):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_tokenizer(config(), photos, whole, COMMAND)
+    train_tokenizer(config(), photos, None, whole, COMMAND)
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "advance", lambda log: signal.raise_signal(signal.SIGTERM))
         for step in (1, 2):
-            assert train_tokenizer(config(), photos, parts, COMMAND) == PREEMPTED
+            assert train_tokenizer(config(), photos, None, parts, COMMAND) == PREEMPTED
             assert f"stopped at step {step} of 6, saved; to go on: fastbeit tokenizer train" in capfd.readouterr().err
         assert not (parts / "dvae.json").exists()
-    assert train_tokenizer(config(), photos, parts, COMMAND) == DONE
+    assert train_tokenizer(config(), photos, None, parts, COMMAND) == DONE
     assert weights(parts) == weights(whole)
     figures = [
         [{key: line[key] for key in ("step", "loss", "lr", "words_in_use")} for line in map(json.loads, text)]
@@ -228,19 +304,19 @@ def test_a_resumed_training_is_the_uninterrupted_one(photos, tmp_path, monkeypat
 
 def test_two_seeds_are_two_tokenizers(photos, tmp_path):
     for name, seed in (("one", 0), ("same", 0), ("two", 1)):
-        train_tokenizer(config(seed=seed, steps=2), photos, tmp_path / name, COMMAND)
+        train_tokenizer(config(seed=seed, steps=2), photos, None, tmp_path / name, COMMAND)
     assert weights(tmp_path / "one") == weights(tmp_path / "same") != weights(tmp_path / "two")
 
 
 def test_another_training_in_the_same_place_is_refused(photos, tmp_path):
     out = tmp_path / "dvae"
-    train_tokenizer(config(), photos, out, COMMAND)
+    train_tokenizer(config(), photos, None, out, COMMAND)
     with pytest.raises(RunError, match="vocab_size was 24, now 25") as err:
-        train_tokenizer(config(vocab_size=25), photos, out, COMMAND)
+        train_tokenizer(config(vocab_size=25), photos, None, out, COMMAND)
     assert err.value.exit_code == USAGE
     build_index(make_photos(tmp_path / "fewer", 8), tmp_path / "fewer.idx")
     with pytest.raises(RunError, match="made with another index") as err:
-        train_tokenizer(config(), tmp_path / "fewer.idx", out, COMMAND)
+        train_tokenizer(config(), tmp_path / "fewer.idx", None, out, COMMAND)
     assert err.value.exit_code == CHECKPOINT_UNUSABLE
 
 

@@ -1,4 +1,4 @@
-"""Batches of two views in uint8, by one of three pipelines (design D1, D4).
+"""Batches of two views in uint8, or token views alone, by one of three pipelines (design D1, D4).
 
 torch: simplejpeg and torch's antialiased resize. dali: NVIDIA DALI. pillow: as the authors, slow, the reference.
 """
@@ -7,8 +7,9 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastbeit.config import ConfigError, DataConfig
 from fastbeit.data.decode import decode, decode_reference
 from fastbeit.data.index import DataError, Index
-from fastbeit.data.plans import Batch, Drawn, Plans, bad_limit, steps_per_epoch
+from fastbeit.data.plans import Batch, Drawn, Plans, TokenViews, bad_limit, steps_per_epoch
 from fastbeit.data.views import Size, pillow_views, torch_views
 from fastbeit.errors import DATA_LIMIT
 
@@ -52,14 +53,37 @@ def make_loader(
     plans = Plans(data, index, batch_size, seed, rank, world_size)
     steps = range(first_step, num_steps)
     if data.pipeline == "dali":
-        try:
-            from fastbeit.data.dali import dali_batches
-        except ModuleNotFoundError as err:
-            raise ConfigError(
-                f"data.pipeline=dali: {err}; pip install 'fastbeit[gpu]', or data.pipeline=torch"
-            ) from None
-        return dali_batches(plans, token_size, steps)
-    return _cpu_batches(CpuBatches(plans, token_size), steps, data.num_workers)
+        return _import_dali().dali_batches(plans, token_size, steps)
+    return _load(CpuBatches(plans, token_size), steps, data.num_workers)
+
+
+def make_token_loader(
+    data: DataConfig, index: Index, *, token_size: Size, seed: int, rows: Sequence[range], together: int
+) -> Generator[TokenViews, None, None]:
+    """All `data.views` token views of images, the very bits that `make_loader` gives; close it, and its processes end.
+
+    A file is read and decoded once for all its views.
+
+    Args:
+        rows: of the index, in the order in which they are wanted.
+        together: rows an item has at most; none goes over the end of a range.
+
+    Raises:
+        ConfigError, DataError: as `make_loader`, but a bad image is listed, not replaced.
+    """
+    plans = Plans(data, index, 1, seed, 0, 1)
+    items = (part[start : start + together] for part in rows for start in range(0, len(part), together))
+    if data.pipeline == "dali":
+        return _import_dali().dali_token_views(plans, token_size, items, together)
+    return _load(CpuTokenViews(plans, token_size), items, data.num_workers)
+
+
+def _import_dali() -> Any:
+    try:
+        from fastbeit.data import dali
+    except ModuleNotFoundError as err:
+        raise ConfigError(f"data.pipeline=dali: {err}; pip install 'fastbeit[gpu]', or data.pipeline=torch") from None
+    return dali
 
 
 class CpuBatches(Dataset):
@@ -85,6 +109,24 @@ class CpuBatches(Dataset):
         return drawn.batch(images, *(token_images or [None]))
 
 
+class CpuTokenViews(Dataset):
+    """The token views of rows of the index, by the torch or the Pillow pipeline."""
+
+    def __init__(self, plans: Plans, token_size: Size) -> None:
+        self.plans = plans
+        self.token_size = token_size
+        self.decode, self.views = PIPELINES[plans.data.pipeline]
+
+    def __getitem__(self, rows: range) -> TokenViews:
+        plans, bad = self.plans.augment_views(rows), []
+        images = np.zeros((*plans.shape, *self.token_size, 3), np.uint8)
+        with _one_thread():
+            for place, image in self.plans.load_valid(rows, self.decode, bad):
+                for view, plan in enumerate(plans[place]):
+                    (images[place, view],) = self.views(image, plan, None, self.token_size)
+        return TokenViews(rows, torch.from_numpy(images), bad)
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     # one image is too little work to share: two threads took five times as long as one
@@ -99,24 +141,25 @@ def _one_thread() -> Iterator[None]:
 class _Answer(Dataset):
     """Hands a `DataError` over as a value: an exception would reach the training process as the text of a traceback."""
 
-    def __init__(self, batches: CpuBatches) -> None:
-        self.batches = batches
+    def __init__(self, items: Dataset) -> None:
+        self.items = items
 
-    def __getitem__(self, step: int) -> Batch | DataError:
+    def __getitem__(self, key: Any) -> Any:
         try:
-            return self.batches[step]
+            return self.items[key]
         except DataError as err:
             return err
 
 
-def _cpu_batches(batches: CpuBatches, steps: range, num_workers: int) -> Generator[Batch, None, None]:
+def _load(items: Dataset, keys: Iterable[Any], num_workers: int) -> Generator[Any, None, None]:
+    """The item of each key, in order, made by processes of their own."""
     # more processes than cores would only take turns
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(num_workers, cores)
     loader = DataLoader(
-        _Answer(batches),
+        _Answer(items),
         batch_size=None,
-        sampler=steps,
+        sampler=keys,
         num_workers=num_workers,
         worker_init_fn=_begin_worker,
         prefetch_factor=2 if num_workers else None,
@@ -138,7 +181,7 @@ class BadSamples:
     """The list of bad images in a run's directory; stops the run when it grows too long."""
 
     def __init__(self, path: Path, num_images: int) -> None:
-        self._path, self._limit = path, bad_limit(num_images)
+        self.path, self._limit = path, bad_limit(num_images)
         self._seen: set[int] = set()
         text = path.read_text() if path.exists() else ""
         for line in text.splitlines():
@@ -163,11 +206,11 @@ class BadSamples:
             if sample in self._seen:
                 continue
             self._seen.add(sample)
-            with self._path.open("a") as file:
+            with self.path.open("a") as file:
                 file.write(json.dumps({"sample": sample, "reason": reason}) + "\n")
         if len(self._seen) > self._limit:
             raise DataError(
                 f"{len(self._seen)} bad images, more than the {self._limit} that a run puts up with (100, or 1 % of "
-                f"the data if that is more), listed in '{self._path}'; repair or remove them and make the index again",
+                f"the data if that is more), listed in '{self.path}'; repair or remove them and make the index again",
                 DATA_LIMIT,
             )

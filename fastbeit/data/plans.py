@@ -32,6 +32,15 @@ class Batch:
     bad: list[tuple[int, str]] = field(default_factory=list)  # (row of the index, path and reason) of images replaced
 
 
+@dataclass
+class TokenViews:
+    """All token views of some images, in the order of the index."""
+
+    rows: range  # of the index
+    images: Tensor  # [n, K, h, w, 3] uint8; 0 where the image is bad
+    bad: list[tuple[int, str]]  # as in `Batch`, of images that none replaces
+
+
 def steps_per_epoch(num_images: int, batch_size: int, tail: str) -> int:
     """Steps that make an epoch; with tail=wrap rounded up, since epochs flow into one another there.
 
@@ -108,6 +117,12 @@ class Plans:
         plans["order"], plans["factors"] = draw_jitters(self.seed, view, sample, data.jitter)
         return plans
 
+    def augment_views(self, rows: range) -> np.ndarray:
+        """[n, K] records of PLAN: all views of n images, K = data.views; epochs e with e mod K = v draw view v."""
+        num_views = self.data.views
+        views = np.tile(np.arange(num_views), len(rows))
+        return self.augment(np.repeat(rows, num_views), views).reshape(len(rows), num_views)
+
     def load(self, drawn: Drawn, decoder: Callable[[bytes, Size], Any]) -> Iterator[Any]:
         """Each image, decoded. In place of a bad one `drawn` gets the next valid one, with that one's own augmentation.
 
@@ -133,6 +148,16 @@ class Plans:
                 drawn.sample[row] = i
                 drawn.plans[row] = self.augment(drawn.sample[[row]], drawn.epoch[[row]])[0]
             yield image
+
+    def load_valid(
+        self, rows: range, decoder: Callable[[bytes, Size], Any], bad: list[tuple[int, str]]
+    ) -> Iterator[tuple[int, Any]]:
+        """Place in `rows` and image of those that are valid; the others go to `bad`."""
+        for place, i in enumerate(rows):
+            try:
+                yield place, self._decode(i, decoder)
+            except BadImage as err:
+                bad.append((i, f"{self.index.path(i)}: {err}"))
 
     def _decode(self, i: int, decoder: Callable[[bytes, Size], Any]) -> Any:
         try:

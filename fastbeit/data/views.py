@@ -20,13 +20,15 @@ ENHANCERS = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 Size = tuple[int, int]
 
 
-def pillow_views(image: Image.Image, plan: np.void, patch_size: Size, token_size: Size | None) -> list[np.ndarray]:
-    """The patch view and, when wanted, the token view, as the authors make them.
+def pillow_views(
+    image: Image.Image, plan: np.void, patch_size: Size | None, token_size: Size | None
+) -> list[np.ndarray]:
+    """The patch view and the token view, those that are wanted, as the authors make them.
 
     Args:
         image: the whole image, RGB.
         plan: one record of `PLAN`.
-        patch_size, token_size: height and width of the views.
+        patch_size, token_size: height and width of the views; None: not wanted.
 
     Returns:
         [height, width, 3] uint8 each.
@@ -39,10 +41,8 @@ def pillow_views(image: Image.Image, plan: np.void, patch_size: Size, token_size
     crop = image.crop((left, top, left + width, top + height))
     if plan["flip"]:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    views = [_resize(crop, patch_size, Image.Resampling.BICUBIC)]
-    if token_size:
-        views.append(_resize(crop, token_size, Image.Resampling.LANCZOS))
-    return views
+    filters = (patch_size, Image.Resampling.BICUBIC), (token_size, Image.Resampling.LANCZOS)
+    return [_resize(crop, size, resample) for size, resample in filters if size]
 
 
 def _resize(image: Image.Image, size: Size, resample: Image.Resampling) -> np.ndarray:
@@ -50,14 +50,13 @@ def _resize(image: Image.Image, size: Size, resample: Image.Resampling) -> np.nd
     return np.asarray(image.resize((width, height), resample))
 
 
-def torch_views(pixels: np.ndarray, plan: np.void, patch_size: Size, token_size: Size | None) -> list[Tensor]:
+def torch_views(pixels: np.ndarray, plan: np.void, patch_size: Size | None, token_size: Size | None) -> list[Tensor]:
     """As `pillow_views`, faster; `pixels` is the whole image, [H, W, 3] uint8."""
     top, left, height, width = plan["box"]
     # a copy, since torch wants memory that may be written
     crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)[None]
-    views = [F.interpolate(crop, patch_size, mode="bicubic", antialias=True)]
-    if token_size:
-        views.append(F.interpolate(crop, token_size, mode="lanczos", antialias=True))
+    filters = (patch_size, "bicubic"), (token_size, "lanczos")
+    views = [F.interpolate(crop, size, mode=mode, antialias=True) for size, mode in filters if size]
     if np.any(plan["factors"] != 1):
         rounds = jitter_rounds(np.array([plan]), np.array([mean_grey(pixels)]))
         views = [jitter(view, rounds) for view in views]

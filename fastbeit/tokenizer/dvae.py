@@ -7,7 +7,6 @@ width and vocabulary.
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fastbeit.config import Count, Section
+from fastbeit.tokenizer.fast import FastEncoder
+from fastbeit.tokenizer.protocol import Strided
 
 Kernels = tuple[int, int, int, int]
 NamedModule = tuple[str, nn.Module]
@@ -137,6 +138,13 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return self.blocks(z)
 
+    def decode_words(self, ids: Tensor) -> Tensor:
+        """The same of word ids int64 [B, h, w]: a one-hot word takes one column of the first convolution."""
+        first, *rest = self.blocks
+        assert isinstance(first, Conv2d)
+        x = F.embedding(ids, first.w.flatten(1).T) + first.b
+        return nn.Sequential(*rest)(x.permute(0, 3, 1, 2))
+
 
 def to_mapped(images: Tensor) -> Tensor:
     """Images uint8 [B, h, w, 3] as an encoder wants them: float32 [B, 3, h, w], mapped, channels last in memory."""
@@ -155,83 +163,38 @@ def to_images(stats: Tensor) -> Tensor:
     return (pixels * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
-class Tokenizer(Protocol):
-    """What gives an image its visual tokens; frozen. Other tokenizers than the dVAE follow this too."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str:
-        """The same for the same tokens: what a cache of tokens is checked against."""
-        ...
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Tokens down and across for a token view of this height and width."""
-        ...
-
-    def view_size(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the token view that gives so many tokens down and across."""
-        ...
-
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 [B, h, w, 3] to int64 [B, N], row by row."""
-        ...
-
-    def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """int64 [B, N] to uint8 [B, h, w, 3]; without `grid` the tokens form a square."""
-        ...
-
-
-class DiscreteVAE:
+class DiscreteVAE(Strided):
     """A frozen `Tokenizer`; `weights.load_tokenizer` makes one.
 
     Not an `nn.Module`, so that it never ends up among the weights of the model that uses it.
 
     Args:
-        encoder: on the device where tokens are wanted.
+        encoder: on the device where tokens are wanted; its weights are prepared once (`fast.py`) and not kept.
         read_decoder: called once, when the first tokens are decoded: pre-training never needs the decoder.
         fingerprint: identifies the weights.
+        dtype: in which the encoder computes.
     """
 
-    def __init__(self, encoder: Encoder, read_decoder: Callable[[], Decoder], fingerprint: str):
-        self.arch, self.fingerprint = encoder.arch, fingerprint
+    def __init__(
+        self,
+        encoder: Encoder,
+        read_decoder: Callable[[], Decoder],
+        fingerprint: str,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.arch, self.fingerprint, self.dtype = encoder.arch, fingerprint, dtype
         self.vocab_size, self.stride = encoder.arch.vocab_size, encoder.arch.stride
         self.device = next(encoder.parameters()).device
-        self._encoder, self._read_decoder = encoder.requires_grad_(False).eval(), read_decoder
+        self._encode, self._read_decoder = FastEncoder(encoder, dtype), read_decoder
 
     @cached_property
     def _decoder(self) -> Decoder:
         return self._read_decoder().requires_grad_(False).eval()
 
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        height, width = size
-        if height % self.stride or width % self.stride or min(size) < self.stride:
-            fit = [max(1, round(side / self.stride)) * self.stride for side in size]
-            raise ValueError(
-                f"token view wants sides that are multiples of {self.stride}; got {height}x{width}; try {fit}"
-            )
-        return height // self.stride, width // self.stride
-
-    def view_size(self, grid: tuple[int, int]) -> tuple[int, int]:
-        return grid[0] * self.stride, grid[1] * self.stride
-
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images want uint8 [B, h, w, 3]; got {images.dtype} {list(images.shape)}")
-        self.grid((images.shape[1], images.shape[2]))
-        return self._encoder(to_mapped(images.to(self.device))).argmax(1).flatten(1)
+        return self._encode(to_mapped(self.checked_images(images)))
 
     @torch.no_grad()
     def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        side = int(ids.shape[1] ** 0.5)
-        height, width = grid or (side, side)
-        if height * width != ids.shape[1]:
-            raise ValueError(
-                f"{ids.shape[1]} tokens do not fill a {height}x{width} grid; pass the tokenizer's grid(size)"
-            )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise ValueError(f"ids want 0 to {self.vocab_size - 1}; got {int(ids.min())} to {int(ids.max())}")
-        words = one_hot(ids.to(self.device).unflatten(1, (height, width)), self.vocab_size)
-        return to_images(self._decoder(words))
+        return to_images(self._decoder.decode_words(self.checked_ids(ids, grid)))

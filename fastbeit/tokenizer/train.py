@@ -1,150 +1,49 @@
-"""Train a dVAE of one's own: evidence lower bound with Gumbel-softmax words (arXiv 2102.12092, section 2.1, A.2, A.3).
-
-    loss = -log p(pixels | words) + kl_weight / 192 * KL(q(word | image) || uniform) - usage_weight / 192 * H(E q)
-
-A mean per channel of a pixel; 192 is how many of those an 8 x 8 token stands for. Two things differ from the paper,
-which trained on 250 M images: words are drawn straight-through, so that the decoder never sees a blend of words, and
-the entropy H of the words that a batch uses is rewarded: a small run would otherwise leave most of them unused.
-"""
+"""Train a dVAE of one's own, top to bottom: crops -> words, drawn -> pixels -> loss -> AdamW -> averaged weights."""
 
 import contextlib
-import math
+import copy
 import shlex
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbeit.checkpoint import find_checkpoint, load_model, load_optimizer, load_state, save_checkpoint
-from fastbeit.config import Count, DataConfig, OptimConfig, Positive, Section, Size
 from fastbeit.data.index import Index, open_index
 from fastbeit.data.pipeline import BadSamples, Batch, make_loader
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, RunError
-from fastbeit.optim import clip_and_step, learning_rate, make_optimizer, read_moments, set_learning_rate, write_moments
+from fastbeit.optim import (
+    MAX_SKIPPED_IN_A_ROW,
+    clip_and_step,
+    learning_rate,
+    make_optimizer,
+    read_moments,
+    set_learning_rate,
+    write_moments,
+)
 from fastbeit.rundir import RunLog, Stop, claim
-from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder, one_hot, to_images, to_mapped
+from fastbeit.tokenizer.dvae import DiscreteVAE
+from fastbeit.tokenizer.objective import DvaeTrainer, follow
+from fastbeit.tokenizer.quality import Quality, WordUsage, measure_quality
+from fastbeit.tokenizer.recipe import TokenizerTrainConfig
 from fastbeit.tokenizer.start import solve_both_ends
-from fastbeit.tokenizer.usage import WordUsage
 from fastbeit.tokenizer.weights import save_tokenizer
 
-START_PATCHES = 100  # patches a word that the start is computed from
+NUM_SHOWN = 8  # images on TensorBoard, above their reconstructions
 
 
-class TokenizerTrainConfig(Section):
-    """One training of a dVAE; small enough for one GPU, where the paper's has n_hid 256 and 3 M steps of 512."""
-
-    seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run comes from it")
-    image_size: Size = Field(default=(112, 112), description="height and width of a crop, multiples of 8 pixels")
-    crop_scale: tuple[Positive, Positive] = Field(
-        default=(0.08, 1.0), description="share of the image that a crop takes"
-    )
-    jitter: float = Field(default=0.4, ge=0, le=1, description="as in pre-training: what the words have to describe")
-    num_workers: int = Field(default=4, ge=0, description="decoding processes; 0: decode in the training process")
-    n_hid: int = Field(default=64, ge=4, multiple_of=4, description="channels at full resolution")
-    n_init: Count = Field(default=128, description="channels of a word's embedding")
-    n_blk_per_group: Count = Field(default=2, description="residual blocks a resolution")
-    vocab_size: int = Field(default=1024, ge=2, description="visual words")
-    batch_size: Count = Field(default=64, description="images a step")
-    steps: Count = Field(default=20_000, description="optimizer steps")
-    lr: Positive = Field(default=1e-3, description="peak learning rate, after 5 % of the steps; ends at 1/80 of it")
-    temperature: tuple[Positive, Positive] = Field(
-        default=(1.0, 1 / 16), description="of the relaxation: start and end"
-    )
-    kl_weight: float = Field(default=6.6, ge=0, description="of the KL term, reached after a third of the steps")
-    usage_weight: float = Field(
-        default=50.0, ge=0, description="of the entropy of the words in use; 0: as in the paper"
-    )
-    log_every: Count = Field(default=20, description="steps between log lines")
-    save_every: Count = Field(default=500, description="steps between checkpoints")
-
-    @property
-    def architecture(self) -> Architecture:
-        return Architecture.model_validate(self.model_dump(include=set(Architecture.model_fields)))
-
-    @property
-    def start_steps(self) -> int:
-        """Steps whose images the start is computed from."""
-        tokens = math.prod(self.image_size) // self.architecture.stride**2
-        return math.ceil(START_PATCHES * self.vocab_size / (tokens * self.batch_size))
-
-    @property
-    def data(self) -> DataConfig:
-        fields = self.model_dump(include={"image_size", "crop_scale", "jitter", "num_workers"})
-        return DataConfig(**fields, tail="wrap")
-
-    @property
-    def optim(self) -> OptimConfig:
-        """AdamW as in A.2."""
-        warmup = max(2, self.steps // 20)
-        return OptimConfig(steps=self.steps, lr=self.lr, min_lr=self.lr / 80, warmup_steps=warmup, weight_decay=1e-4)
-
-    @model_validator(mode="after")
-    def _tokens_fit(self) -> "TokenizerTrainConfig":
-        stride = self.architecture.stride
-        for side in self.image_size:
-            if side % stride:
-                near = max(1, round(side / stride)) * stride
-                raise ValueError(f"image_size wants multiples of {stride}; got {side}; try {near}")
-        if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] > 1:
-            raise ValueError(f"crop_scale wants a range within (0, 1]; got {list(self.crop_scale)}")
-        if self.temperature[0] < self.temperature[1]:
-            raise ValueError(f"temperature wants start >= end; got {list(self.temperature)}")
-        return self
-
-
-def logit_laplace(stats: Tensor, pixels: Tensor) -> Tensor:
-    """-log p(pixels): A.3, the mean over mapped pixels [B, 3, h, w]; stats [B, 6, h, w] are a decoder's output."""
-    location, log_scale = stats.chunk(2, dim=1)
-    error = (torch.logit(pixels) - location).abs()
-    return (error * (-log_scale).exp() + log_scale + math.log(2) + (pixels * (1 - pixels)).log()).mean()
-
-
-def draw_words(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """One-hot words [B, V, h, w] drawn from softmax(logits); the gradient is that of the Gumbel-softmax relaxation."""
-    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-    soft = ((logits + noise) / temperature).softmax(1)
-    return one_hot(soft.argmax(1), logits.shape[1]) + (soft - soft.detach())
-
-
-class DvaeTrainer(nn.Module):
-    """Encoder and decoder with the loss between them."""
-
-    def __init__(self, config: TokenizerTrainConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder, self.decoder = Encoder(config.architecture), Decoder(config.architecture)
-
-    def forward(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """
-        Args:
-            images: uint8 [B, h, w, 3].
-
-        Returns:
-            loss, mean absolute error of the pixels in [0, 1] (of drawn words), words [B, h, w] (the likeliest).
-        """
-        config, progress = self.config, step / self.config.steps
-        begin, end = config.temperature
-        temperature = end * (begin / end) ** (0.5 * (1 + math.cos(math.pi * progress)))
-        pixels = to_mapped(images)
-        log_q = self.encoder(pixels).log_softmax(1)
-        stats = self.decoder(draw_words(log_q, temperature, _noise(config.seed, step, pixels.device)))
-        divergence = (log_q.exp() * log_q).sum(1).mean() + math.log(config.vocab_size)
-        usage = torch.special.entr(log_q.exp().mean((0, 2, 3))).sum()
-        weighted = config.kl_weight * min(1.0, 3 * progress) * divergence - config.usage_weight * usage
-        loss = logit_laplace(stats, pixels) + weighted / (3 * config.architecture.stride**2)
-        error = (to_images(stats.detach()).float() - images.float()).abs().mean() / 255
-        return loss, error, log_q.argmax(1)
-
-
-def train_tokenizer(config: TokenizerTrainConfig, index_path: Path, out: Path, command: list[str]) -> int:
+def train_tokenizer(
+    config: TokenizerTrainConfig, index_path: Path, val_index_path: Path | None, out: Path, command: list[str]
+) -> int:
     """Train until `config.steps`, or go on with a training that was interrupted, and write the tokenizer to `out`.
 
     Args:
         index_path: index of the images, made by `build_index`.
+        val_index_path: index of held-out images that the tokenizer is judged by; None: not judged.
         command: what the user typed; said again when the training stops early, and kept on the tokenizer's card.
 
     Returns:
@@ -154,32 +53,43 @@ def train_tokenizer(config: TokenizerTrainConfig, index_path: Path, out: Path, c
         RunError: bad data, or `out` holds something else; the message says what to do.
     """
     with claim(out, config), Stop() as stop:
-        return _train(config, open_index(index_path), out, stop, command)
+        val_index = open_index(val_index_path) if val_index_path else None
+        return _train(config, open_index(index_path), val_index, out, stop, command)
 
 
-def _train(config: TokenizerTrainConfig, index: Index, out: Path, stop: Stop, command: list[str]) -> int:
+def _train(
+    config: TokenizerTrainConfig, index: Index, val_index: Index | None, out: Path, stop: Stop, command: list[str]
+) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     # resume order:
     # 1. the newest checkpoint that verifies, made from the same images
-    # 2. weights, or a start computed from the first batches
+    # 2. weights and their average, or a start computed from the first batches
     # 3. moments
-    # 4. the step: order, crops, noise, temperature and learning rate are functions of it
+    # 4. the step: order, crops, drawn words, temperature and learning rate are functions of it
     found, problems = find_checkpoint(out / "checkpoints")
-    first_step = _resumed_step(found, index) if found else 0
+    first_step, seconds_before = _resumed(found, index) if found else (0, 0.0)
     torch.manual_seed(config.seed)
     trainer = DvaeTrainer(config).to(device)
+    trainer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch does not declare it
     optimizer = make_optimizer(trainer, config.optim)
     if found:
-        trainer.load_state_dict(load_model(found))
+        weights = load_model(found)
+        average = copy.deepcopy(trainer)
+        average.load_state_dict({name.removeprefix("average."): weights.pop(name) for name in _averaged(weights)})
+        trainer.load_state_dict(weights)
         write_moments(trainer, optimizer, load_optimizer(found))
     else:
-        images = [batch.images.to(device) for batch in _batches(config, index, 0, config.start_steps)]
+        images = [batch.images.to(device) for batch in _batches(config, index, config.seed, 0, config.look_steps)]
         solve_both_ends(trainer.encoder, trainer.decoder, images, torch.Generator(device).manual_seed(config.seed))
+        average = copy.deepcopy(trainer)
+    average.requires_grad_(False)
 
     bad_samples = BadSamples(out / "bad_samples.jsonl", len(index))
     meter = Meter(config, device)
-    loader = _batches(config, index, first_step, config.steps)
+    held_out: dict[str, float] = {}
+    began = time.monotonic() - seconds_before
+    loader = _batches(config, index, config.seed, first_step, config.steps)
     with contextlib.closing(loader) as batches, RunLog(out, first_step, config.steps) as log:
         for problem in problems:
             log.say(f"checkpoint passed over: {problem}")
@@ -187,10 +97,12 @@ def _train(config: TokenizerTrainConfig, index: Index, out: Path, stop: Stop, co
             lr = learning_rate(step, config.steps, config.optim.warmup_steps, config.optim)
             set_learning_rate(optimizer, lr)
             optimizer.zero_grad()
-            loss, error, words = trainer(batch.images.to(device, non_blocking=True), step)
+            images = batch.images.to(device, non_blocking=True)
+            loss, error, words = trainer(images, step, step_generator(config.seed, step, device))
             loss.backward()
-            clip_and_step(optimizer, config.optim.clip_grad)
-            meter.add(loss, error, words)
+            grad_norm = clip_and_step(optimizer, config.optim.clip_grad)
+            follow(average, trainer, step, config.ema_decay)
+            meter.add(loss, error, words, grad_norm)
             bad_samples.add(batch.bad)
 
             done = step + 1
@@ -203,23 +115,32 @@ def _train(config: TokenizerTrainConfig, index: Index, out: Path, stop: Stop, co
                 _show(log, done, figures)
                 if warning:
                     log.say(warning)
-            # once in a while: save
+                if figures["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
+                    raise RunError(
+                        f"the gradient was not finite in the last {figures['skipped_in_a_row']} steps up to step "
+                        f"{done}; no update was made from them. Lower lr, in another directory"
+                    )
+            # once in a while: look at images, held-out ones if there are any, and save
+            if (done % config.save_every == 0 or done == config.steps) and not stopping:
+                held_out = _look(log, done, average, config, index, val_index)
             if done % config.save_every == 0 or done == config.steps or stopping:
-                state = {"index": index.fingerprint}
-                save_checkpoint(
-                    out / "checkpoints", done, trainer.state_dict(), read_moments(trainer, optimizer), state, 1
-                )
+                weights = trainer.state_dict() | {f"average.{k}": v for k, v in average.state_dict().items()}
+                state = {"index": index.fingerprint, "seconds": time.monotonic() - began, "held_out": held_out}
+                save_checkpoint(out / "checkpoints", done, weights, read_moments(trainer, optimizer), state, 1)
             if stopping:
                 log.say(f"stopped at step {done} of {config.steps}, saved; to go on: {shlex.join(command)}")
                 return PREEMPTED
 
+    state = load_state(out / "checkpoints" / f"step-{config.steps:06d}")
     origin = {
         "command": shlex.join(command),
         "index": index.fingerprint,
         "num_images": len(index),
         "steps": config.steps,
+        "hours": round(state["seconds"] / 3600, 2),
+        "held_out": state["held_out"],
     }
-    save_tokenizer(out, trainer.encoder, trainer.decoder, origin)
+    save_tokenizer(out, average.encoder, average.decoder, origin)
     print(f"tokenizer: {out}{' (was finished before)' if first_step == config.steps else ''}")
     return DONE
 
@@ -229,6 +150,7 @@ class Meter:
 
     def __init__(self, config: TokenizerTrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
+        self.skipped_in_a_row = torch.zeros((), device=device)
         self._clear()
 
     def _clear(self) -> None:
@@ -236,7 +158,9 @@ class Meter:
         self.histogram = torch.zeros(self.config.vocab_size, dtype=torch.int64, device=self.device)
         self.began = time.perf_counter()
 
-    def add(self, loss: Tensor, error: Tensor, words: Tensor) -> None:
+    def add(self, loss: Tensor, error: Tensor, words: Tensor, grad_norm: Tensor) -> None:
+        self.grad_norm = grad_norm
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * ~torch.isfinite(grad_norm)
         self.sums += torch.stack([loss.detach().double(), error.double(), torch.ones_like(error).double()])
         self.histogram += torch.bincount(words.flatten(), minlength=len(self.histogram))
 
@@ -250,10 +174,36 @@ class Meter:
             "mean_abs_error": error / num_steps,
             "words_in_use": usage.num_in_use,
             "word_perplexity": usage.perplexity,
+            "grad_norm": self.grad_norm.item(),
+            "skipped_in_a_row": int(self.skipped_in_a_row),
             "images_per_s": num_steps * self.config.batch_size / seconds,
         }
         self._clear()
         return figures, usage.warning()
+
+
+def _look(
+    log: RunLog, step: int, average: DvaeTrainer, config: TokenizerTrainConfig, index: Index, val_index: Index | None
+) -> dict[str, float]:
+    """Show reconstructions by the averaged weights, and measure them where there are held-out images."""
+    tokenizer = DiscreteVAE(average.encoder, lambda: average.decoder, fingerprint="")
+    data = config.data.model_copy(update={"jitter": 0.0})
+    seed = (config.seed + 1) % 2**63  # other crops than those of training
+    batches = list(_batches(config, val_index or index, seed, 0, config.look_steps if val_index else 1, data))
+    shown = batches[0].images[:NUM_SHOWN]
+    decoded = tokenizer.decode(tokenizer.encode(shown), tokenizer.grid(config.image_size)).cpu()
+    log.picture("reconstructions", torch.cat([_side_by_side(shown), _side_by_side(decoded)]), step)
+    if val_index is None:
+        return {}
+    figures = measure_quality(tokenizer, (batch.images for batch in batches)).figures()
+    log.write({"step": step, "event": "held_out", **figures})
+    log.say(f"step {step}  held out: {Quality.line(figures)}")
+    return figures
+
+
+def _side_by_side(images: Tensor) -> Tensor:
+    """[n, h, w, 3] to [h, n w, 3]."""
+    return torch.cat(images.unbind(), dim=1)
 
 
 def _show(log: RunLog, step: int, figures: dict[str, float]) -> None:
@@ -267,14 +217,14 @@ def _show(log: RunLog, step: int, figures: dict[str, float]) -> None:
 
 
 def _batches(
-    config: TokenizerTrainConfig, index: Index, first_step: int, num_steps: int
+    config: TokenizerTrainConfig, index: Index, seed: int, first_step: int, num_steps: int, data: Any = None
 ) -> Generator[Batch, None, None]:
     return make_loader(
-        config.data,
+        data or config.data,
         index,
         token_size=None,
         batch_size=config.batch_size,
-        seed=config.seed,
+        seed=seed,
         rank=0,
         world_size=1,
         first_step=first_step,
@@ -282,7 +232,12 @@ def _batches(
     )
 
 
-def _resumed_step(checkpoint: Path, index: Index) -> int:
+def _averaged(weights: dict[str, Tensor]) -> list[str]:
+    return [name for name in weights if name.startswith("average.")]
+
+
+def _resumed(checkpoint: Path, index: Index) -> tuple[int, float]:
+    """Step and seconds that a checkpoint stands for."""
     state = load_state(checkpoint)
     if state["index"] != index.fingerprint:
         raise RunError(
@@ -290,10 +245,10 @@ def _resumed_step(checkpoint: Path, index: Index) -> int:
             "go back to that one, or choose another directory",
             CHECKPOINT_UNUSABLE,
         )
-    return state["step"]
+    return state["step"], state["seconds"]
 
 
-def _noise(seed: int, step: int, device: torch.device) -> torch.Generator:
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """The randomness of one step, the same after a resume."""
     state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0]))

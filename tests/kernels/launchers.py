@@ -1,7 +1,4 @@
-"""Modes that look inside an op: its launcher runs as plain Python, so that each PyTorch call it makes is seen.
-
-Under FakeTensor, and to any other mode, an op is one opaque call.
-"""
+"""Modes that look inside an op (`InsideOps`) while its launcher runs: what it may not do or touch."""
 
 import random
 from typing import Any
@@ -9,25 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import InsideOps
 from fastbeit_kernels.backend import INTERPRETED
 
 aten = torch.ops.aten
 GUARD_BYTES = 4096  # on each side of a buffer; a multiple of 16, so that accesses stay aligned
 UNTOUCHED = 0xA5
-
-
-class InsideOps(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func._schema.name in OPDEFS:
-            with self:
-                return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
-        return self.call(func, args, kwargs or {})
-
-    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        raise NotImplementedError
 
 
 class NoSync(InsideOps):

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launchers import GuardZones, NoSync, between_nans, shuffle_programs
-from memory import PeakMemory
 from numerics import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import LinearCrossEntropyOptions
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import PeakMemory
 from fastbeit_kernels.backend import INTERPRETED
 from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 

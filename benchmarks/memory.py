@@ -1,15 +1,32 @@
 """How much memory a computation takes: bytes of the tensors alive at once, seen inside ops too.
 
-Deterministic, on any device, and on tensors that have no memory (FakeTensor); temporaries within a PyTorch operation
-are not seen.
+Deterministic, on any device, and on tensors that have no memory (meta, FakeTensor); temporaries within a PyTorch
+operation are not seen.
 """
 
 from typing import Any
 
-from launchers import InsideOps
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+class InsideOps(TorchDispatchMode):
+    """Looks inside an op of the kernels: its launcher runs as plain Python, so that each PyTorch call it makes is seen.
+
+    Under FakeTensor, and to any other mode, an op is one opaque call.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func._schema.name in OPDEFS:
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        raise NotImplementedError
 
 
 class PeakMemory(InsideOps):

@@ -1,0 +1,198 @@
+"""The DALL-E encoder for inference: what `dvae.Encoder` computes, `argmax(Encoder(x), 1)`, from weights prepared once.
+
+- Weights are cast and laid out once; activations keep their channels last in memory, where no kernel reorders them.
+- post_gain goes into the last convolution of each block: g (w * x + b) = (g w) * x + g b. OpenAI's 1/64 only shifts
+  exponents: this rounds nothing but, in float16, weights that become subnormal.
+- ReLU and the residual sum happen inside the convolution where the device has one that does so, else in place.
+- Images go through in sub-batches of one fixed size, the last filled up: memory is bounded, and since the kernel of a
+  layer, and with it the order of its sums, depends on the shape alone, an image's tokens do not depend on its batch.
+- Logits are sums in float32, compared before any rounding, and there for a few rows at a time.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbeit.tokenizer.protocol import TokenizerError
+from fastbeit.tokenizer.words import likeliest_words
+
+if TYPE_CHECKING:
+    from fastbeit.tokenizer.dvae import Encoder
+
+# images that go through together. A core is busy with one, whose widest activation (12 MB) stays in its cache; a GPU
+# wants some thousand rows at the coarsest resolution, where an image has 196
+TOGETHER = {"cpu": 1}
+TOGETHER_ON_GPU = 32
+UNIT = (1, 1)  # stride and dilation of all convolutions
+
+
+class Conv:
+    """A convolution with frozen weights, from anything that PyTorch runs on."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        self.weight, self.bias = weight.contiguous(memory_format=torch.channels_last), bias
+        side = weight.shape[-1] // 2
+        self.padding = (side, side)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+
+    def relu(self, x: Tensor) -> Tensor:
+        return self(x).relu_()
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """Adds the result to `total`, in place."""
+        return total.add_(self(x))
+
+    def likeliest(self, x: Tensor) -> Tensor:
+        """Argmax of the result of a 1 x 1 convolution: int64 [B, h, w], of equals the first."""
+        words = likeliest_words(x.permute(0, 2, 3, 1).flatten(0, 2), self.weight.flatten(1), self.bias.float())
+        return words.view(len(x), *x.shape[2:])
+
+
+class CudnnConv(Conv):
+    """Has not run on a card yet; values and shapes are those of `Conv`."""
+
+    def relu(self, x: Tensor) -> Tensor:
+        return torch.cudnn_convolution_relu(x, self.weight, self.bias, UNIT, self.padding, UNIT, 1)
+
+
+class OneDnnConv(Conv):
+    """Weights lie in memory as oneDNN's kernel wants them: `F.conv2d` on a CPU lays them out in each call.
+
+    The operators are private to PyTorch, which lowers compiled convolutions to them.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__(weight, bias)
+        self.weight, self.laid_out_for = weight.contiguous().to_mkldnn(), torch.Size()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._pointwise(x, "none")
+
+    def relu(self, x: Tensor) -> Tensor:
+        return self._pointwise(x, "relu")
+
+    def _pointwise(self, x: Tensor, then: str) -> Tensor:
+        self._lay_out_for(x.shape)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, self.padding, UNIT, UNIT, 1, then, [], ""
+        )
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        self._lay_out_for(x.shape)
+        return torch.ops.mkldnn._convolution_pointwise_(
+            total, x, self.weight, self.bias, self.padding, UNIT, UNIT, 1, "add", 1.0, None, [], None
+        )
+
+    def likeliest(self, x: Tensor) -> Tensor:
+        # one image's logits, and a faster product than that of `likeliest_words` on a CPU
+        return self(x.float()).argmax(1)
+
+    def _lay_out_for(self, shape: torch.Size) -> None:
+        """Right for any shape, fast for this one: all batches of a run have the same."""
+        if shape != self.laid_out_for:
+            plain = self.weight.to_dense().to_mkldnn()
+            self.weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(plain, self.padding, UNIT, UNIT, 1, shape)
+            self.laid_out_for = shape
+
+
+def conv_on(device: torch.device, dtype: torch.dtype) -> type[Conv]:
+    """The fastest one there is."""
+    if device.type == "cuda" and torch.backends.cudnn.is_available() and not torch.version.hip:
+        return CudnnConv
+    onednn = torch.ops.mkldnn
+    has_onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if has_onednn and (
+        dtype == torch.float32
+        or (dtype == torch.bfloat16 and onednn._is_mkldnn_bf16_supported())
+        or (dtype == torch.float16 and onednn._is_mkldnn_fp16_supported())
+    ):
+        return OneDnnConv
+    return Conv
+
+
+class Block:
+    """`dvae.Block`: id_path(x) + post_gain res_path(x); overwrites x."""
+
+    def __init__(self, convs: list[Conv], id_path: Conv | None):
+        self.convs, self.id_path = convs, id_path
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # a block of another width wants x no longer once its id path has seen it
+        total, hidden = (x, x.relu()) if self.id_path is None else (self.id_path(x), x.relu_())
+        *first, last = self.convs
+        for conv in first:
+            hidden = conv.relu(hidden)
+        return last.add_to(total, hidden)
+
+
+class FastEncoder:
+    """Mapped pixels float32 [B, 3, h, w] to tokens int64 [B, N], row by row; keeps nothing of `encoder`.
+
+    Args:
+        encoder: on the device where tokens are wanted; it is left as it is.
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, encoder: "Encoder", dtype: torch.dtype):
+        arch, weights = encoder.arch, {name: value.detach() for name, value in encoder.state_dict().items()}
+        self.dtype, self.device = dtype, weights["blocks.input.w"].device
+        self.together = TOGETHER.get(self.device.type, TOGETHER_ON_GPU)
+        self._seen_finite = False
+        kind = conv_on(self.device, dtype)
+
+        def conv(name: str, gain: float = 1.0) -> Conv:
+            return kind((gain * weights[f"{name}.w"]).to(dtype), (gain * weights[f"{name}.b"]).to(dtype))
+
+        def block(name: str) -> Block:
+            convs = [conv(f"{name}.res_path.conv_{i}") for i in (1, 2, 3)]
+            convs.append(conv(f"{name}.res_path.conv_4", arch.post_gain))
+            return Block(convs, conv(f"{name}.id_path") if f"{name}.id_path.w" in weights else None)
+
+        self.input = conv("blocks.input")
+        self.groups = [
+            [block(f"blocks.group_{group}.block_{i}") for i in range(1, arch.n_blk_per_group + 1)]
+            for group in range(1, arch.group_count + 1)
+        ]
+        head, bias = weights["blocks.output.conv.w"].to(dtype, copy=True), weights["blocks.output.conv.b"].clone()
+        # a CPU has no product of half precision that gives float32; the values are rounded all the same
+        self.head = kind(head.float(), bias) if self.device.type == "cpu" else kind(head, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """
+        Raises:
+            TokenizerError: activations overflow. On a GPU the first batch alone is looked at: a look waits for it.
+        """
+        # no autotuning, which may choose anew in each process, and no TF32: it rounds fp32 to the 11 bits of fp16
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee")
+        with exact:
+            return torch.cat([self._tokens(part) for part in x.split(self.together)])
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        missing = self.together - len(x)
+        features = self.features(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else x)
+        self._check_finite(features)
+        return self.head.likeliest(features).flatten(1)[: len(x)]
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head chooses words by: [B, C, h / stride, w / stride], of `dtype`."""
+        x = self.input(x.to(self.dtype, memory_format=torch.channels_last))
+        for i, blocks in enumerate(self.groups):
+            x = F.max_pool2d(x, 2) if i else x
+            for block in blocks:
+                x = block(x)
+        return x.relu_()
+
+    def _check_finite(self, features: Tensor) -> None:
+        if self.device.type == "meta" or (self._seen_finite and self.device.type != "cpu"):
+            return
+        self._seen_finite = bool(features.isfinite().all())
+        if not self._seen_finite:
+            raise TokenizerError(
+                f"the tokenizer's activations are not finite in {self.dtype}, which ends at "
+                f"{torch.finfo(self.dtype).max:.3g}; set tokenizer.precision to bf16 or fp32"
+                + ("; its weights are damaged or not trained" if self.dtype == torch.float32 else "")
+            )
