@@ -16,7 +16,7 @@ from fastbeit.photos import gather_photos
 from fastbeit.trained import Figures
 
 # what the demo promises on the photos of the packages; below it, something is amiss
-WANTED_GAIN, WANTED_TRAIN_GAIN, WANTED_WORDS = 0.3, 0.5, 48
+WANTED_GAIN, WANTED_TRAIN_GAIN, WANTED_WORDS = 0.3, 0.5, 512
 
 
 def run_demo(out: Path, source: Path | None, overrides: list[str], report: list[str], command: list[str]) -> int:
