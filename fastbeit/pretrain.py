@@ -7,6 +7,7 @@ import contextlib
 import platform
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 import fastbeit
 from fastbeit.checkpoint import find_checkpoint, load_model, load_optimizer, load_state, save_checkpoint
 from fastbeit.config import Config, ConfigError
-from fastbeit.data.index import Index, open_index
+from fastbeit.data.index import DataError, Index, open_index
 from fastbeit.data.pipeline import BadSamples, make_loader, steps_per_epoch
+from fastbeit.data.plans import Batch
 from fastbeit.data.sampling import drop_path_keep
 from fastbeit.engine import World, make_engine, start_world
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, DONE, PREEMPTED, RunError
@@ -103,7 +105,7 @@ def _train(config: Config, index: Index, source: TokenSource, world: World, stop
 
     num_val_crops = config.log.val_views * len(val_index) if val_index else 0
     drop_rates = [config.model.drop_path * i / max(1, config.model.depth - 1) for i in range(config.model.depth)]
-    done = first_step
+    done, lost = first_step, None
     with (
         contextlib.closing(loader) as batches,
         RunLog(out if world.rank == 0 else None, first_step, num_steps) as log,
@@ -111,8 +113,15 @@ def _train(config: Config, index: Index, source: TokenSource, world: World, stop
     ):
         _greet(log, config, world, model, source, len(index), problems)
         waiting_since = time.perf_counter()
-        for step, batch in enumerate(batches, first_step):
+        for step in range(first_step, num_steps):
+            batch = lost or _next(batches)
             meter.waited(time.perf_counter() - waiting_since)
+            num_bad, is_lost = (0, True) if isinstance(batch, DataError) else (len(batch.bad), False)
+            stopping, saving, num_bad, num_lost = world.sum([stop.wanted, stop.save_wanted, num_bad, is_lost])
+            if num_lost or isinstance(batch, DataError):
+                # all ranks hear of it in the same step: they can save, and end, together
+                found = save(done) if done > first_step else found
+                raise _without_data(world, batch, found)
 
             # ---- one step -------------------------------------------------------------------------------------------
             images = batch.images.to(device, non_blocking=True)
@@ -124,7 +133,6 @@ def _train(config: Config, index: Index, source: TokenSource, world: World, stop
             keep = drop_path_keep(config.seed, step, batch.sample.numpy(), drop_rates)
             keep = torch.from_numpy(keep).to(device)  # [L, 2, B]
             count = world.add((plan.labels != UNUSED).sum())
-            stopping, saving, num_bad = world.sum([stop.wanted, stop.save_wanted, len(batch.bad)])
             lr = learning_rate(step, num_steps, num_warmup, optim)
             set_learning_rate(optimizer, lr)
             for rows in _micro_batches(len(images), optim.accumulate):
@@ -140,7 +148,7 @@ def _train(config: Config, index: Index, source: TokenSource, world: World, stop
             if num_bad:
                 bad_images = world.gather(batch.bad)
                 if world.rank == 0:
-                    bad_samples.add(bad_images)
+                    lost = _too_many(bad_samples, bad_images)
 
             # once in a while: say how it goes
             if done % config.log.every == 0 or done in (first_step + 1, num_steps) or stopping:
@@ -212,6 +220,27 @@ def _resumed_step(checkpoint: Path, origin: dict[str, Any]) -> int:
                 CHECKPOINT_UNUSABLE,
             )
     return state["step"]
+
+
+def _next(batches: Iterator[Batch]) -> Batch | DataError:
+    try:
+        return next(batches)
+    except DataError as err:
+        return err
+
+
+def _too_many(bad_samples: BadSamples, bad: list[tuple[int, str]]) -> DataError | None:
+    try:
+        bad_samples.add(bad)
+    except DataError as err:
+        return err
+
+
+def _without_data(world: World, batch: Batch | DataError, found: Path | None) -> DataError:
+    """What all ranks end with when one of them has no data."""
+    errors = world.gather([(str(batch), batch.exit_code)] if isinstance(batch, DataError) else [])
+    message, exit_code = errors[0]
+    return DataError(f"{message}; last checkpoint: {found or 'none'}", exit_code)
 
 
 def _micro_batches(num_images: int, accumulate: int) -> list[slice]:

@@ -70,7 +70,24 @@ def hold(folder: Path, key: str) -> Iterator[None]:
     with lock:
         # held until the file is closed or the process dies
         _lock(lock, folder, key)
-        yield
+        _held.append(lock)
+        try:
+            yield
+        finally:
+            _held.remove(lock)
+
+
+_held: list[IO[str]] = []
+
+
+def _let_go() -> None:
+    """A decoding process outlives a training process that was killed, by seconds; the lock must not."""
+    for lock in _held:
+        lock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(file: IO[str], folder: Path, key: str) -> None:
@@ -157,7 +174,7 @@ class RunLog:
         """The same for the eye: beside the bar, or on a line where no terminal looks on."""
         text = (
             f"loss {figures['loss']:.4f}  masked accuracy {figures['masked_accuracy']:.4f}  "
-            f"{figures['images_per_s']:.1f} img/s"
+            f"{figures['images_per_s']:.1f} img/s  waiting for data {figures['data_wait_share']:.0%}"
         )
         self.bar.set_postfix_str(text)
         if self.bar.disable:

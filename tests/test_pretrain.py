@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastbeit.pretrain
 from fastbeit.checkpoint import load_model, load_optimizer, resolve_checkpoint
 from fastbeit.config import load_config
+from fastbeit.data.index import build_index
 from fastbeit.errors import RunError
 from fastbeit.pretrain import pretrain
 from fastbeit_kernels.backend import INTERPRETED
@@ -191,7 +193,7 @@ def test_a_signal_saves(parts, tmp_path, number, code):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 60
-    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text().count("\n"):
+    while not (out / "log.jsonl").exists() or '"loss"' not in (out / "log.jsonl").read_text():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     # to the whole group, decoding process and all, as a terminal and a scheduler do
@@ -214,15 +216,45 @@ def test_a_profile_is_written_when_asked_for(train, tmp_path):
 
 
 def test_a_file_gone_bad_is_replaced_counted_and_named(train, parts, tmp_path):
-    from fastbeit.data.index import build_index
-
     photos = make_photos(tmp_path / "photos")
-    build_index(photos, tmp_path / "images.idx")
+    build_index(photos, tmp_path / "images.idx", progress=False)
     (photos / "03.jpg").write_bytes(b"")
     _, log = train(**{"data.index": tmp_path / "images.idx"}, optim__steps=6)
     assert log[6]["bad_samples"] == 1
     (line,) = (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()
     assert "03.jpg" in line
+
+
+def test_a_disk_that_vanishes_stops_the_run_with_a_checkpoint(train, tmp_path, monkeypatch):
+    photos, rate = make_photos(tmp_path / "photos"), fastbeit.pretrain.learning_rate
+    build_index(photos, tmp_path / "images.idx", progress=False)
+    options = {"data.index": tmp_path / "images.idx", "optim__steps": 8}
+    _, whole = train("whole", **options)
+
+    def vanish(step, *rest):
+        if step == 4:
+            photos.rename(tmp_path / "unmounted")
+        return rate(step, *rest)
+
+    monkeypatch.setattr("fastbeit.pretrain.learning_rate", vanish)
+    with pytest.raises(RunError, match=r"photos' is gone, or not mounted; last checkpoint: .*step-000005$") as caught:
+        train(**options)
+    assert caught.value.exit_code == 66
+    (tmp_path / "unmounted").rename(photos)
+    monkeypatch.undo()
+    _, resumed = train(**options)
+    assert losses(resumed) == losses(whole)
+
+
+def test_too_many_bad_files_stop_the_run_with_a_checkpoint(train, tmp_path, monkeypatch):
+    photos = make_photos(tmp_path / "photos")
+    build_index(photos, tmp_path / "images.idx", progress=False)
+    (photos / "03.jpg").write_bytes(b"")
+    monkeypatch.setattr("fastbeit.data.pipeline.bad_limit", lambda num_images: 0)
+    with pytest.raises(RunError, match=r"1 bad images, more than .*bad_samples.jsonl.*checkpoint: .*step") as caught:
+        train(**{"data.index": tmp_path / "images.idx"}, optim__steps=50)
+    assert caught.value.exit_code == 65
+    assert resolve_checkpoint(tmp_path / "run").name in str(caught.value)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="sees the launches of interpreted kernels")

@@ -85,6 +85,7 @@ class Index:
         self.root = Path(json.loads(metadata["root"]))
         self.class_names: list[str] = json.loads(metadata["class_names"])
         self.fingerprint = metadata["fingerprint"]
+        self.block_rows = 1  # plain files
         self.offsets, self.sizes = columns["offset"], columns["size"]
         self.heights, self.widths = columns["height"], columns["width"]
         self.labels = columns["label"]

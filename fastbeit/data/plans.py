@@ -6,7 +6,6 @@ uninterrupted run gets from step k on.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from fastbeit.config import ConfigError, DataConfig
 from fastbeit.data.decode import BadImage
 from fastbeit.data.index import DataError, Index
-from fastbeit.data.sampling import draw_crops, draw_flips, draw_jitters, epoch_order, view_of
+from fastbeit.data.sampling import draw_crops, draw_flips, draw_jitters, rows_at, view_of
 from fastbeit.data.views import PLAN, Size
 from fastbeit.errors import DATA_LIMIT, DATA_MISSING
 
@@ -103,7 +102,7 @@ class Plans:
         samples = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            samples[chosen] = _order(self.seed, int(epoch), len(self.index))[places[chosen]]
+            samples[chosen] = rows_at(self.seed, int(epoch), places[chosen], len(self.index), self.index.block_rows)
         return Drawn(samples, epochs, self.augment(samples, epochs), [])
 
     def augment(self, sample: np.ndarray, epoch: np.ndarray) -> np.ndarray:
@@ -171,9 +170,3 @@ class Plans:
         if not data:
             raise BadImage("empty file")
         return decoder(data, (int(self.index.heights[i]), int(self.index.widths[i])))
-
-
-# this epoch's order and, with tail=wrap, the one that a batch straddles into
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    return epoch_order(seed, epoch, num_images)

@@ -73,7 +73,8 @@ def uniform(seed: int, purpose: Purpose, epoch, sample, num_draws: int, first_dr
 JITTER_ORDERS = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
 JITTER_OPS = "brightness", "contrast", "saturation"
 CROP_TRIES = 10
-KEYS_AT_ONCE = 1 << 20  # bounds the memory of an epoch's order: a key is 8 bytes, its making some 100
+WINDOW_BLOCKS = 16  # shards that are open, or row groups that are decoded, at a time
+FEISTEL_ROUNDS = 6  # four make a strong permutation of many numbers (Luby and Rackoff); of few, tests ask for more
 
 
 def view_of(epoch, views: int):
@@ -81,14 +82,57 @@ def view_of(epoch, views: int):
     return epoch % views if views else epoch
 
 
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The permutation of the images in an epoch, [num_images] int64: images sorted by a 64-bit key each."""
-    keys = np.empty(num_images, np.uint64)
-    for start in range(0, num_images, KEYS_AT_ONCE):
-        words = philox(seed, 0, Purpose.ORDER, epoch, np.arange(start, min(start + KEYS_AT_ONCE, num_images)))
-        keys[start : start + len(words)] = words[:, 0] << np.uint64(32) | words[:, 1]
-    # two equal keys are one in 2**64 / num_images**2; stable, so that even they have one order everywhere
-    return np.argsort(keys, kind="stable")
+def rows_at(seed: int, epoch: int, places: np.ndarray, num_images: int, block_rows: int) -> np.ndarray:
+    """Which rows of the index stand at some places of an epoch's order, a permutation of `num_images` rows.
+
+    Images that lie together in a shard are read together: blocks of `block_rows` successive rows come in random order,
+    and the images of each `WINDOW_BLOCKS` successive blocks are shuffled among one another. With plain files, a block
+    each, that is a uniform shuffle of all. Nothing is stored: a place becomes a row by arithmetic.
+
+    Args:
+        places: [n] int64 in [0, num_images), in any order.
+
+    Returns:
+        [n] int64 in [0, num_images).
+    """
+    if block_rows > 1:
+        # inside of windows; of blocks that are one image, the next step leaves nothing to do
+        window_rows = WINDOW_BLOCKS * block_rows
+        window, place = np.divmod(places, window_rows)
+        sizes = np.minimum(window_rows, num_images - window * window_rows)
+        places = window * window_rows + _permute(seed, epoch, 2 + window, place, sizes)
+    num_blocks = num_images // block_rows
+    block, row = np.divmod(places, block_rows)
+    whole = block < num_blocks
+    block[whole] = _permute(seed, epoch, np.int64(1), block[whole], np.int64(num_blocks))
+    # rows that fill no block always come last: which ones they are is drawn too
+    first = int(philox(seed, 0, Purpose.ORDER, epoch, 0)[0]) % max(1, num_blocks) * block_rows
+    return (first + block * block_rows + row) % num_images
+
+
+def _permute(seed: int, epoch: int, stream: np.ndarray, x: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Where permutations of `size` numbers take `x`; each `stream` > 0 is another permutation; all [n] or scalars.
+
+    x is a number of two digits, and in turn one digit is shifted by a Philox number drawn for the other: a Feistel
+    network. What leaves [0, size) goes through it again (Black and Rogaway, "Ciphers with arbitrary finite domains").
+    """
+    stream, x, size = (np.array(values) for values in np.broadcast_arrays(stream, x, size))
+    radix = np.ceil(np.sqrt(size)).astype(np.int64)  # of the low digit
+    pending = np.arange(len(x))
+    while len(pending):
+        low_radix, draw = radix[pending], stream[pending] * FEISTEL_ROUNDS
+        high_radix = -(-size[pending] // low_radix)
+        high, low = np.divmod(x[pending], low_radix)
+        for turn in range(0, FEISTEL_ROUNDS, 2):
+            high = (high + _shift(seed, epoch, draw + turn, low)) % high_radix
+            low = (low + _shift(seed, epoch, draw + turn + 1, high)) % low_radix
+        x[pending] = high * low_radix + low
+        pending = pending[x[pending] >= size[pending]]
+    return x
+
+
+def _shift(seed: int, epoch: int, draw: np.ndarray, digit: np.ndarray) -> np.ndarray:
+    return philox(seed, draw, Purpose.ORDER, epoch, digit)[:, 0].astype(np.int64)
 
 
 def draw_crops(
