@@ -143,8 +143,8 @@ def open_random_cache(folder: Path) -> TokenCache:
     view_path(folder, 0).write_bytes(header + tokens.tobytes())
     facts: Row = dict(num_images=CACHED_IMAGES, views=1, grid=GRID, token_size=VIEW, vocab_size=8192)
     recipe = Recipe(
-        **facts, seed=0, index="", crop_scale=(0.08, 1), crop_ratio=(0.75, 1.33), flip=0.5, jitter=0.4, pipeline="",
-        tokenizer="",
+        **facts, seed=0, index="", crop_scale=(0.08, 1), crop_ratio=(0.75, 1.33), flip=0.5, jitter=0.4,
+        jitter_on="", image_size=(224, 224), pipeline="", tokenizer="",
     )  # fmt: skip
     card = Card(format=FORMAT, recipe=recipe, precision="fp32", chunk_rows=1, command="")
     return TokenCache(folder, card, [np.memmap(view_path(folder, 0), "<u2", "r", len(header), tokens.shape)])

@@ -1,6 +1,7 @@
 """The command `fastbeit`: one verb a job, no logic."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,14 @@ from fastbeit.errors import DONE, USAGE, RunError
 HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
 
   fastbeit demo [--data DIR]                       photos to pictures of what was learnt, in minutes, on a CPU
-  fastbeit index DIR -o images.idx                 list the images of a folder
+  fastbeit index SOURCE -o images.idx              list the images of a folder, of shards, of tables
+  fastbeit index check images.idx                  decode them all, list the bad ones
   fastbeit tokenizer train --data images.idx -o DIR
                                                    train a dVAE of your own on them
   fastbeit tokenizer fetch -o DIR                  or take OpenAI's, of the paper: downloaded,
   fastbeit tokenizer import FILE [FILE] -o DIR     or from weights that you have; nothing in them is run
   fastbeit tokenize CONFIG data.views=K            tokens of K crops an image ahead of time; pretrain data.tokens=tokens
+  fastbeit data show CONFIG [-o sheet.png]         a picture of what training sees: crops, token views, masks
   fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues
   fastbeit report RUN                              pictures and the HTML page of a run
 
@@ -132,22 +135,51 @@ def _overrides(args: list[str]) -> list[str]:
 
 
 def _index(args: list[str]) -> int:
+    if args[:1] == ["check"]:
+        return _check_index(args[1:])
     parser = argparse.ArgumentParser(
-        "fastbeit index", description="List the images of a folder; what is no image is said with its reason."
+        "fastbeit index",
+        description="List the images of a source; what is not used is said with its reason. "
+        "`fastbeit index check images.idx` decodes them all.",
     )
-    parser.add_argument("source", type=Path, help="folder of images, flat or with class folders, any depth")
+    parser.add_argument(
+        "source",
+        type=Path,
+        nargs="+",
+        metavar="SOURCE",
+        help="folder of images, flat or with class folders, any depth; tar or zip, or a folder, a 'glob-*.tar' or a "
+        "list 'x-{000..099}.tar' of them, in quotes; Parquet or a folder of `datasets`; text of a path a line, and "
+        "after a TAB its class",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="index file to write")
     options = parser.parse_args(args)
+    if len(options.source) > 1:
+        parser.error(f"one SOURCE is wanted, got {len(options.source)}; put a pattern of files in quotes")
 
-    from fastbeit.data.index import build_index
+    from fastbeit.data.scan import build_index
 
-    summary = build_index(options.source, options.output)
+    summary = build_index(options.source[0], options.output)
     print(summary)
+    listed = options.output.with_name(options.output.name + ".skipped")
+    # one of an earlier index says nothing of this one
+    listed.unlink(missing_ok=True)
     if summary.skipped:
-        listed = options.output.with_name(options.output.name + ".skipped")
         listed.write_text("".join(f"{path!r}: {reason}\n" for path, reason in summary.skipped))
         print(f"skipped files are listed in {listed}")
     return DONE
+
+
+def _check_index(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit index check", description="Decode all images of an index; those that are bad are listed."
+    )
+    parser.add_argument("index", type=Path, help="made by `fastbeit index`")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (a core each)")
+    options = parser.parse_args(args)
+
+    from fastbeit.data.check import check_index
+
+    return check_index(options.index, max(1, options.workers))
 
 
 def _tokenizer(args: list[str]) -> int:
@@ -208,6 +240,27 @@ def _train_tokenizer(args: list[str]) -> int:
     return train_tokenizer(config, options.data, options.val, options.output, command=["fastbeit", "tokenizer", *args])
 
 
+def _data(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit data",
+        description="show: a contact sheet of what training sees, the first images of the run of this CONFIG, each "
+        "with the box of its crop, both views and the mask.",
+    )
+    parser.add_argument("action", choices=["show"])
+    parser.add_argument("config", metavar="CONFIG", help="as for `fastbeit pretrain`")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for `fastbeit pretrain`")
+    parser.add_argument("-o", "--output", type=Path, default=Path("sheet.png"), help="PNG file to write (sheet.png)")
+    parser.add_argument("--images", type=int, default=8, metavar="N", help="rows of the sheet (8)")
+    options, more = parser.parse_known_intermixed_args(args)
+
+    from fastbeit.config import load_config
+    from fastbeit.show import show
+
+    config = load_config(options.config, _overrides([*options.settings, *more]))
+    print(show(config, options.output, options.images))
+    return DONE
+
+
 def _report(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit report", description="Measure and draw what a run learnt: PNG files and one HTML page."
@@ -243,6 +296,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "index": _index,
     "tokenizer": _tokenizer,
     "tokenize": _tokenize,
+    "data": _data,
     "pretrain": _pretrain,
     "report": _report,
 }

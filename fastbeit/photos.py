@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from fastbeit.data.decode import BadImage, decode, read_header
-from fastbeit.data.index import build_index, open_index
+from fastbeit.data.index import open_index
+from fastbeit.data.scan import build_index
 from fastbeit.errors import DATA_MISSING, USAGE, RunError
 from fastbeit.files import aside
 
@@ -74,7 +75,7 @@ def _packaged(folder: Path) -> Iterator[tuple[Image.Image, Path]]:
         )
     for part, paths in found.items():
         for path in paths:
-            yield _shrink(path), folder / part / f"{path.stem}.jpg"
+            yield _shrink(path.read_bytes()), folder / part / f"{path.stem}.jpg"
 
 
 def _installed(photos: dict[str, Sequence[str]]) -> list[Path]:
@@ -95,9 +96,9 @@ def _own(source: Path, folder: Path) -> Iterator[tuple[Image.Image, Path]]:
         print(f"the demo looks at {MAX_PHOTOS} of them at most, evenly spread")
     for i in range(0, len(index), -(-len(index) // MAX_PHOTOS)):
         try:
-            photo = _shrink(index.path(i))
-        except (OSError, BadImage) as err:
-            print(f"passed over: '{index.path(i)}': {err}", file=sys.stderr)
+            photo = _shrink(index.read_bytes(i))
+        except BadImage as err:
+            print(f"passed over: '{index.name(i)}': {err}", file=sys.stderr)
             continue
         yield photo, folder / ("train" if number % HELD_OUT_EVERY else "held_out") / f"{number:04}.jpg"
         number += 1
@@ -108,8 +109,7 @@ def _own(source: Path, folder: Path) -> Iterator[tuple[Image.Image, Path]]:
         )
 
 
-def _shrink(path: Path) -> Image.Image:
-    data = path.read_bytes()
+def _shrink(data: bytes) -> Image.Image:
     photo = Image.fromarray(decode(data, read_header(io.BytesIO(data))))
     # a first, coarse step makes the resampling of a large photo several times as fast
     photo.thumbnail((LONGEST_SIDE, LONGEST_SIDE), reducing_gap=2)

@@ -16,6 +16,7 @@ import torch
 import fastbeit
 from fastbeit.checkpoint import find_checkpoint, load_model, load_optimizer, load_state, save_checkpoint
 from fastbeit.config import Config, ConfigError
+from fastbeit.data.handover import on_device
 from fastbeit.data.index import DataError, Index, open_index
 from fastbeit.data.pipeline import BadSamples, make_loader, steps_per_epoch
 from fastbeit.data.plans import Batch
@@ -107,7 +108,7 @@ def _train(config: Config, index: Index, source: TokenSource, world: World, stop
     drop_rates = [config.model.drop_path * i / max(1, config.model.depth - 1) for i in range(config.model.depth)]
     done, lost = first_step, None
     with (
-        contextlib.closing(loader) as batches,
+        contextlib.closing(on_device(loader, device)) as batches,
         RunLog(out if world.rank == 0 else None, first_step, num_steps) as log,
         _profiler(config, out, world) as profiler,
     ):
@@ -124,7 +125,7 @@ def _train(config: Config, index: Index, source: TokenSource, world: World, stop
                 raise _without_data(world, batch, found)
 
             # ---- one step -------------------------------------------------------------------------------------------
-            images = batch.images.to(device, non_blocking=True)
+            images = batch.images
             tokens = source.visual_tokens(batch)
             samples = batch.epoch.to(device, non_blocking=True), batch.sample.to(device, non_blocking=True)
             rule = config.mask, config.masking, config.grid, config.seed
@@ -189,7 +190,7 @@ def _check_paths(config: Config) -> None:
         paths["tokenizer.path"] = config.tokenizer.path
     for key, value in paths.items():
         if value and not Path(value).exists():
-            hint = "fastbeit tokenizer train --data INDEX -o" if "tokenizer" in key else "fastbeit index DIR -o"
+            hint = "fastbeit tokenizer train --data INDEX -o" if "tokenizer" in key else "fastbeit index SOURCE -o"
             raise RunError(f"{key}: '{value}' does not exist; make it with `{hint} {value}`", DATA_MISSING)
 
 

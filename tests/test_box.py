@@ -3,8 +3,9 @@
 import json
 
 from fastbeit.config import DataConfig
-from fastbeit.data.index import build_index, open_index
+from fastbeit.data.index import open_index
 from fastbeit.data.pipeline import make_loader
+from fastbeit.data.scan import build_index
 from fastbeit.files import sha256
 from fastbeit.photos import gather_photos
 from fastbeit.tokenizer.quality import measure_quality

@@ -14,7 +14,7 @@ import torch
 import fastbeit.pretrain
 from fastbeit.checkpoint import load_model, load_optimizer, resolve_checkpoint
 from fastbeit.config import load_config
-from fastbeit.data.index import build_index
+from fastbeit.data.scan import build_index
 from fastbeit.errors import RunError
 from fastbeit.pretrain import pretrain
 from fastbeit_kernels.backend import INTERPRETED

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastbeit.config import load_config
-from fastbeit.data.index import build_index
+from fastbeit.data.scan import build_index
 from fastbeit.errors import RunError
 from fastbeit.evaluate import unigram_baseline
 from fastbeit.pictures import GRAY, Look, entropy_map, hide, look_at, make_panels

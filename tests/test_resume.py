@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from batch_digests import BATCH_SIZE, write_digests
-from fastbeit.data.index import build_index
+from fastbeit.data.scan import build_index
 from tiny import make_parts, make_photos, photo_folder, write_config
 
 DIGESTS = Path(__file__).with_name("batch_digests.py")
@@ -131,11 +131,11 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
 def test_a_run_that_is_killed_goes_on_as_if_it_were_not(tmp_path):
     """Thrice, at whatever step, by the command of the user; each loss is that of the run that nobody killed."""
     settings = [f"{key}={value}" for key, value in make_parts(tmp_path / "parts").items()]
-    settings += ["optim.steps=120", "log.save_every=3", "data.num_workers=2", "data.pipeline=torch"]
+    settings += ["optim.steps=60", "log.save_every=3", "data.num_workers=1", "data.pipeline=torch"]
     command = [sys.executable, "-m", "fastbeit", "pretrain", str(write_config(tmp_path / "tiny.yaml")), *settings]
     subprocess.run([*command, f"out={tmp_path / 'whole'}"], check=True, capture_output=True, timeout=120)
     out = tmp_path / "killed"
-    for step in (10, 40, 70):
+    for step in (5, 20, 35):
         process = subprocess.Popen([*command, f"out={out}"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         wait_for_step(process, out, step)
         kill(process)
@@ -175,10 +175,12 @@ from fastbeit.data.index import open_index
 from fastbeit.data.pipeline import make_loader
 
 def memory_mb(pid):
-    # of a process and its children; a page that several share counts once
+    # of a process and its children; what several share counts once; without files, such as libraries, whose pages are
+    # shared with whoever else runs
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")) + sum(map(memory_mb, children))
+    own = sum(int(line.split()[1]) / 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return own + sum(map(memory_mb, children))
 
 index = open_index(Path(sys.argv[1]))
 data = DataConfig.model_validate({"image_size": 64, **json.loads(sys.argv[2])})

@@ -10,8 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from fastbeit.config import DataConfig
-from fastbeit.data.index import build_index, open_index
+from fastbeit.data.index import open_index
 from fastbeit.data.pipeline import make_loader
+from fastbeit.data.scan import build_index
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, RunError
 from fastbeit.rundir import RunLog
 from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder, one_hot, to_mapped

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from fastbeit.data.index import build_index
+from fastbeit.data.scan import build_index
 from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder, to_mapped
 from fastbeit.tokenizer.weights import save_tokenizer
 

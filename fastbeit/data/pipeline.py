@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import signal
+import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastbeit.config import ConfigError, DataConfig
-from fastbeit.data.decode import decode, decode_reference
+from fastbeit.data.decode import decode_reduced, decode_reference
 from fastbeit.data.index import DataError, Index
 from fastbeit.data.plans import Batch, Drawn, Plans, TokenViews, bad_limit, steps_per_epoch
-from fastbeit.data.views import Size, pillow_views, torch_views
+from fastbeit.data.views import Rule, Size, pillow_views, torch_views
 from fastbeit.errors import DATA_LIMIT
-
-PIPELINES = {"torch": (decode, torch_views), "pillow": (decode_reference, pillow_views)}
 
 
 def make_loader(
@@ -51,10 +51,11 @@ def make_loader(
     if batch_size % world_size:
         raise ConfigError(f"optim.batch_size {batch_size} is not a multiple of the {world_size} ranks")
     plans = Plans(data, index, batch_size, seed, rank, world_size)
+    rule = Rule(data.image_size, token_size, data.jitter_on)
     steps = range(first_step, num_steps)
     if data.pipeline == "dali":
-        return _import_dali().dali_batches(plans, token_size, steps)
-    return _load(CpuBatches(plans, token_size), steps, data.num_workers)
+        return _import_dali().dali_batches(plans, rule, steps)
+    return load_items(CpuBatches(plans, rule), steps, data.num_workers)
 
 
 def make_token_loader(
@@ -72,10 +73,11 @@ def make_token_loader(
         ConfigError, DataError: as `make_loader`, but a bad image is listed, not replaced.
     """
     plans = Plans(data, index, 1, seed, 0, 1)
+    rule = Rule(data.image_size, token_size, data.jitter_on, patch_view=False)
     items = (part[start : start + together] for part in rows for start in range(0, len(part), together))
     if data.pipeline == "dali":
-        return _import_dali().dali_token_views(plans, token_size, items, together)
-    return _load(CpuTokenViews(plans, token_size), items, data.num_workers)
+        return _import_dali().dali_token_views(plans, rule, items, together)
+    return load_items(CpuTokenViews(plans, rule), items, data.num_workers)
 
 
 def _import_dali() -> Any:
@@ -86,23 +88,36 @@ def _import_dali() -> Any:
     return dali
 
 
+def torch_photo(data: bytes, size: Size, plans: Iterable[np.void], rule: Rule) -> list[list[np.ndarray]]:
+    """The views of an image by each of some plans; raises `BadImage`."""
+    decode_to = cache(partial(decode_reduced, data, size))
+    return [torch_views(decode_to, plan, rule) for plan in plans]
+
+
+def pillow_photo(data: bytes, size: Size, plans: Iterable[np.void], rule: Rule) -> list[list[np.ndarray]]:
+    """As `torch_photo`."""
+    image = decode_reference(data, size)
+    return [pillow_views(image, plan, rule) for plan in plans]
+
+
+PIPELINES = {"torch": torch_photo, "pillow": pillow_photo}
+
+
 class CpuBatches(Dataset):
     """The batch of each step, by the torch or the Pillow pipeline."""
 
-    def __init__(self, plans: Plans, token_size: Size | None) -> None:
-        self.plans = plans
-        self.token_size = token_size
-        self.decode, self.views = PIPELINES[plans.data.pipeline]
+    def __init__(self, plans: Plans, rule: Rule) -> None:
+        self.plans, self.rule = plans, rule
+        self.photo = PIPELINES[plans.data.pipeline]
 
     def __getitem__(self, step: int) -> Batch:
         with _one_thread():
             return self._make(self.plans.draw(step))
 
     def _make(self, drawn: Drawn) -> Batch:
-        sizes = [self.plans.data.image_size] + ([self.token_size] if self.token_size else [])
-        outputs = [np.empty((len(drawn.sample), *size, 3), np.uint8) for size in sizes]
-        for row, image in enumerate(self.plans.load(drawn, self.decode)):
-            views = self.views(image, drawn.plans[row], self.plans.data.image_size, self.token_size)
+        outputs = [np.empty((len(drawn.sample), *size, 3), np.uint8) for size, _ in self.rule.views()]
+        photos = self.plans.load(drawn, lambda data, size, plan: self.photo(data, size, [plan], self.rule))
+        for row, (views,) in enumerate(photos):
             for output, view in zip(outputs, views, strict=True):
                 output[row] = view
         images, *token_images = (torch.from_numpy(output) for output in outputs)
@@ -112,18 +127,17 @@ class CpuBatches(Dataset):
 class CpuTokenViews(Dataset):
     """The token views of rows of the index, by the torch or the Pillow pipeline."""
 
-    def __init__(self, plans: Plans, token_size: Size) -> None:
-        self.plans = plans
-        self.token_size = token_size
-        self.decode, self.views = PIPELINES[plans.data.pipeline]
+    def __init__(self, plans: Plans, rule: Rule) -> None:
+        self.plans, self.rule = plans, rule
+        self.photo = PIPELINES[plans.data.pipeline]
 
     def __getitem__(self, rows: range) -> TokenViews:
-        plans, bad = self.plans.augment_views(rows), []
-        images = np.zeros((*plans.shape, *self.token_size, 3), np.uint8)
+        ((token_size, _),) = self.rule.views()
+        images, bad = np.zeros((len(rows), self.plans.data.views, *token_size, 3), np.uint8), []
         with _one_thread():
-            for place, image in self.plans.load_valid(rows, self.decode, bad):
-                for view, plan in enumerate(plans[place]):
-                    (images[place, view],) = self.views(image, plan, None, self.token_size)
+            photos = self.plans.load_valid(rows, partial(self.photo, rule=self.rule), bad)
+            for place, views in photos:
+                images[place] = np.concatenate(views)
         return TokenViews(rows, torch.from_numpy(images), bad)
 
 
@@ -151,7 +165,7 @@ class _Answer(Dataset):
             return err
 
 
-def _load(items: Dataset, keys: Iterable[Any], num_workers: int) -> Generator[Any, None, None]:
+def load_items(items: Dataset, keys: Iterable[Any], num_workers: int) -> Generator[Any, None, None]:
     """The item of each key, in order, made by processes of their own."""
     # more processes than cores would only take turns
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -164,17 +178,35 @@ def _load(items: Dataset, keys: Iterable[Any], num_workers: int) -> Generator[An
         worker_init_fn=_begin_worker,
         prefetch_factor=2 if num_workers else None,
     )
-    for answer in loader:
+    # the loop alone holds the iterator: however it ends, the workers end with it
+    for answer in _start(loader):
         if isinstance(answer, DataError):
             raise answer
         yield answer
 
 
+def _start(loader: DataLoader) -> Iterator[Any]:
+    # workers are born with SIGTERM held back, until they know what to make of it
+    mask = getattr(signal, "pthread_sigmask", lambda *_: None)
+    mask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        return iter(loader)
+    finally:
+        mask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
 def _begin_worker(worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach every process; the training process decides what they mean
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # once: a worker that is stuck must still end when the training process ends
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_obey, args=[os.getppid()], daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    """End by a SIGTERM of the training process, and of nobody else."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class BadSamples:

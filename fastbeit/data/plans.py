@@ -6,7 +6,7 @@ uninterrupted run gets from step k on.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from fastbeit.data.index import DataError, Index
 from fastbeit.data.sampling import draw_crops, draw_flips, draw_jitters, rows_at, view_of
 from fastbeit.data.views import PLAN, Size
 from fastbeit.errors import DATA_LIMIT, DATA_MISSING
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -122,51 +124,71 @@ class Plans:
         views = np.tile(np.arange(num_views), len(rows))
         return self.augment(np.repeat(rows, num_views), views).reshape(len(rows), num_views)
 
-    def load(self, drawn: Drawn, decoder: Callable[[bytes, Size], Any]) -> Iterator[Any]:
-        """Each image, decoded. In place of a bad one `drawn` gets the next valid one, with that one's own augmentation.
+    def load(
+        self,
+        drawn: Drawn,
+        make: Callable[[bytes, Size, np.void], T],
+        map: Callable[[Callable[[int], Any], range], Iterator[Any]] = map,
+    ) -> Iterator[T]:
+        """What `make` makes of each image: of its bytes, its size and its record of PLAN; it raises `BadImage`.
+
+        In place of a bad one `drawn` gets the next valid one, with that one's own augmentation, before it is yielded.
+
+        Args:
+            map: `map`, or an executor's, which begins at once.
 
         Raises:
             DataError: the folder is gone, no image is valid, or more bad ones in a row than a run may have.
         """
-        for row, wanted in enumerate(drawn.sample.tolist()):
-            for tried in range(len(self.index)):
-                i = (wanted + tried) % len(self.index)
-                try:
-                    image = self._decode(i, decoder)
-                except BadImage as err:
-                    drawn.bad.append((i, f"{self.index.path(i)}: {err}"))
-                else:
-                    break
-                if tried >= bad_limit(len(self.index)):
-                    raise DataError(f"{tried + 1} bad images in a row, the last {drawn.bad[-1][1]}", DATA_LIMIT)
-            else:
-                raise DataError(
-                    f"none of the {len(self.index)} images is valid, such as {drawn.bad[-1][1]}", DATA_MISSING
-                )
+        samples, epochs, plans = drawn.sample.tolist(), drawn.epoch.tolist(), drawn.plans
+        found = map(lambda row: self._find(samples[row], epochs[row], plans[row], make), range(len(samples)))
+        return self._take(drawn, found)
+
+    def _take(self, drawn: Drawn, found: Iterator[Any]) -> Iterator[Any]:
+        for row, (i, plan, made, bad) in enumerate(found):
+            drawn.bad += bad
+            drawn.sample[row], drawn.plans[row] = i, plan
+            yield made
+
+    def _find(self, wanted: int, epoch: int, plan: np.void, make: Callable) -> tuple[int, np.void, Any, list]:
+        """The first valid image from `wanted` on: its row of the index, its plan, what was made of it; and the bad."""
+        bad, num_images = [], len(self.index)
+        for tried in range(num_images):
+            i = (wanted + tried) % num_images
             if tried:
-                drawn.sample[row] = i
-                drawn.plans[row] = self.augment(drawn.sample[[row]], drawn.epoch[[row]])[0]
-            yield image
+                plan = self.augment(np.array([i]), np.array([epoch]))[0]
+            try:
+                return i, plan, self._make(i, plan, make), bad
+            except BadImage as err:
+                bad.append((i, f"{self.index.name(i)}: {err}"))
+            if tried >= bad_limit(num_images):
+                raise DataError(f"{tried + 1} bad images in a row, the last {bad[-1][1]}", DATA_LIMIT)
+        raise DataError(f"none of the {num_images} images is valid, such as {bad[-1][1]}", DATA_MISSING)
 
     def load_valid(
-        self, rows: range, decoder: Callable[[bytes, Size], Any], bad: list[tuple[int, str]]
-    ) -> Iterator[tuple[int, Any]]:
-        """Place in `rows` and image of those that are valid; the others go to `bad`."""
-        for place, i in enumerate(rows):
-            try:
-                yield place, self._decode(i, decoder)
-            except BadImage as err:
-                bad.append((i, f"{self.index.path(i)}: {err}"))
+        self,
+        rows: range,
+        make: Callable[[bytes, Size, np.ndarray], T],
+        bad: list[tuple[int, str]],
+        map: Callable[[Callable[[int], Any], range], Iterator[Any]] = map,
+    ) -> Iterator[tuple[int, T]]:
+        """Place in `rows` of the valid images and what `make` makes of each and its K plans; others go to `bad`."""
+        plans = self.augment_views(rows)
 
-    def _decode(self, i: int, decoder: Callable[[bytes, Size], Any]) -> Any:
-        try:
-            data = self.index.read_bytes(i)
-        except OSError as err:
-            if not self.index.root.is_dir():
-                raise DataError(
-                    f"the images' folder '{self.index.root}' is gone, or not mounted", DATA_MISSING
-                ) from None
-            raise BadImage(f"unreadable: {err.strerror or err}") from None
-        if not data:
-            raise BadImage("empty file")
-        return decoder(data, (int(self.index.heights[i]), int(self.index.widths[i])))
+        def attempt(place: int) -> tuple[int, Any, list[tuple[int, str]]]:
+            i = rows[place]
+            try:
+                return place, self._make(i, plans[place], make), []
+            except BadImage as err:
+                return place, None, [(i, f"{self.index.name(i)}: {err}")]
+
+        return self._take_valid(map(attempt, range(len(rows))), bad)
+
+    def _take_valid(self, found: Iterator[Any], bad: list[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
+        for place, made, reasons in found:
+            bad += reasons
+            if not reasons:
+                yield place, made
+
+    def _make(self, i: int, plan: Any, make: Callable) -> Any:
+        return make(self.index.read_bytes(i), (int(self.index.heights[i]), int(self.index.widths[i])), plan)

@@ -1,4 +1,4 @@
-"""Every random number of a run, from a counter: order, crop, flip, jitter, masks, drop path (design D1).
+"""Every random number of a run, from a counter: order, augmentation, masks, drop path (design D1).
 
 Philox4x32-10 (Salmon et al., SC 2011), the generator behind Triton's `tl.rand`: the key is the run's seed, the counter
 says what the number is for. A number is therefore the same on any rank, in any worker, before and after a resume, and a
@@ -6,6 +6,7 @@ Triton kernel draws it with `tl.philox(seed, draw, purpose, epoch, sample)`.
 """
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,9 @@ class Purpose(IntEnum):
     JITTER = 3
     MASK = 4
     DROP_PATH = 5
+    RAND_AUGMENT = 6
+    ERASE_BOX = 7
+    ERASE_NOISE = 8
 
 
 def philox(seed: int, draw, purpose, epoch, sample) -> np.ndarray:
@@ -104,13 +108,13 @@ def rows_at(seed: int, epoch: int, places: np.ndarray, num_images: int, block_ro
     num_blocks = num_images // block_rows
     block, row = np.divmod(places, block_rows)
     whole = block < num_blocks
-    block[whole] = _permute(seed, epoch, np.int64(1), block[whole], np.int64(num_blocks))
+    block[whole] = _permute(seed, epoch, 1, block[whole], num_blocks)
     # rows that fill no block always come last: which ones they are is drawn too
     first = int(philox(seed, 0, Purpose.ORDER, epoch, 0)[0]) % max(1, num_blocks) * block_rows
     return (first + block * block_rows + row) % num_images
 
 
-def _permute(seed: int, epoch: int, stream: np.ndarray, x: np.ndarray, size: np.ndarray) -> np.ndarray:
+def _permute(seed: int, epoch: int, stream: Any, x: np.ndarray, size: Any) -> np.ndarray:
     """Where permutations of `size` numbers take `x`; each `stream` > 0 is another permutation; all [n] or scalars.
 
     x is a number of two digits, and in turn one digit is shifted by a Philox number drawn for the other: a Feistel

@@ -30,7 +30,7 @@ from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError
 from fastbeit.tokenizer.protocol import Tokenizer
 
 CARD, PLAN, BAD_SAMPLES = "tokens.json", "plan.json", "bad_samples.jsonl"
-FORMAT = 1
+FORMAT = 2
 BAD = np.iinfo(np.uint16).max  # in place of each token of an image that could not be read
 MAX_VOCAB = BAD  # words 0 to BAD - 1
 
@@ -53,6 +53,8 @@ class Recipe(Section):
     crop_ratio: tuple[Positive, Positive]
     flip: Fraction
     jitter: Fraction
+    jitter_on: str
+    image_size: Size = Field(description="patch view: how large it is decides how small a large photo is decoded")
     pipeline: str
     grid: Size = Field(description="tokens down and across")
     token_size: Size = Field(description="token view, height and width in pixels")
@@ -100,6 +102,8 @@ def wanted_of(config: Config, index: Index) -> dict[str, Any]:
         "crop_ratio": data.crop_ratio,
         "flip": data.flip,
         "jitter": data.jitter,
+        "jitter_on": data.jitter_on,
+        "image_size": data.image_size,
         "pipeline": data.pipeline,
         "grid": config.grid,
     }

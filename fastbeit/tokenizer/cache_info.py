@@ -63,8 +63,8 @@ def describe(cache: TokenCache) -> str:
         "size": f"{num_bytes:,} bytes, {num_bytes // recipe.num_images:,} an image, {2 * recipe.num_tokens} a crop",
         "tokenizer": f"{recipe.tokenizer}, {recipe.vocab_size} words, {card.precision}",
         "recipe": f"seed {recipe.seed}, crop_scale {_pair(recipe.crop_scale)}, crop_ratio {_pair(recipe.crop_ratio)}, "
-        f"flip {recipe.flip}, jitter {recipe.jitter}, token view {recipe.token_size[0]}x{recipe.token_size[1]}, "
-        f"pipeline {recipe.pipeline}",
+        f"flip {recipe.flip}, jitter {recipe.jitter} on {recipe.jitter_on}, pipeline {recipe.pipeline}, "
+        f"token view {recipe.token_size[0]}x{recipe.token_size[1]}",
         "made by": card.command,
         "words": f"{in_use} of {recipe.vocab_size} in use, perplexity {math.exp(census.entropy):.1f}",
         "entropy": f"{census.entropy:.4f} nats a token: the baseline to beat, of a model that sees nothing; "

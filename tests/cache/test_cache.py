@@ -14,8 +14,9 @@ from caches import BAD_IMAGE, NUM_IMAGES, VIEWS, configured, edit, facts, files,
 from fastbeit.checkpoint import load_model, resolve_checkpoint
 from fastbeit.cli import main
 from fastbeit.config import DataConfig
-from fastbeit.data.index import DataError, build_index, open_index
+from fastbeit.data.index import DataError, open_index
 from fastbeit.data.pipeline import make_loader, make_token_loader
+from fastbeit.data.scan import build_index
 from fastbeit.errors import RunError
 from fastbeit.tokenizer.cache import CacheError, npy_header, open_cache
 from fastbeit.tokenizer.cache_info import describe, take_census

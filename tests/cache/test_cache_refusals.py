@@ -9,7 +9,8 @@ import pytest
 
 from caches import COMMAND, configured, edit, files, make
 from fastbeit.config import ConfigError
-from fastbeit.data.index import build_index, open_index
+from fastbeit.data.index import open_index
+from fastbeit.data.scan import build_index
 from fastbeit.errors import RunError
 from fastbeit.tokenize import tokenize
 from fastbeit.tokenizer.cache import CacheError, make_recipe
@@ -20,6 +21,8 @@ DIFFERENT = {
     "seed": ({"seed": 1}, "seed is 0 there, 1 here"),
     "flip": ({"data.flip": 0}, "data.flip is 0.5 there, 0.0 here"),
     "jitter": ({"data.jitter": 0.3}, "data.jitter is 0.4 there, 0.3 here"),
+    "jitter on": ({"data.jitter_on": "crop"}, "data.jitter_on is full_image there, crop here"),
+    "size": ({"data.image_size": 64, "model.patch_size": 16}, r"data.image_size is \(32, 32\) there, \(64, 64\) here"),
     "scale": ({"data.crop_scale": "[0.2, 1]"}, r"data.crop_scale is \(0.08, 1.0\) there, \(0.2, 1.0\) here"),
     "ratio": ({"data.crop_ratio": "[0.5, 2]"}, r"data.crop_ratio is \(0.75, 1.33.*\) there, \(0.5, 2.0\) here"),
     "pipeline": ({"data.pipeline": "pillow"}, "data.pipeline is torch there, pillow here"),
@@ -78,8 +81,8 @@ DAMAGE = {
     "missing view": (lambda f: (f / "view-001.npy").unlink(), "view-001.npy' cannot be read: No such file"),
     "no card": (lambda f: (f / "tokens.json").write_text("<html>"), "tokens.json': the whole file: Invalid JSON"),
     "next version": (
-        lambda f: (f / "tokens.json").write_text((f / "tokens.json").read_text().replace('"format": 1', '"format": 2')),
-        "tokens.json': format: Input should be less than or equal to 1",
+        lambda f: (f / "tokens.json").write_text((f / "tokens.json").read_text().replace('"format": 2', '"format": 3')),
+        "tokens.json': format: Input should be less than or equal to 2",
     ),
 }
 

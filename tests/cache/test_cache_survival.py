@@ -17,7 +17,7 @@ import pytest
 
 from caches import CHUNK_CROPS, NUM_IMAGES, VIEWS, facts, files, make
 from fastbeit.cli import main
-from fastbeit.data.index import build_index
+from fastbeit.data.scan import build_index
 from fastbeit.errors import RunError
 from fastbeit.rundir import hold
 from fastbeit.tokenizer.cache import CacheError, open_cache

@@ -1,0 +1,78 @@
+"""Batches on their way to the device that trains: the next is copied while the last is trained on.
+
+The copy goes from pinned memory, by a stream of its own. The CUDA half has not been run yet.
+"""
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastbeit.data.plans import Batch
+
+T = TypeVar("T")
+
+
+def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+    """The same batches, on CUDA with their views on the device; `sample` and `epoch` stay, they are read on the host.
+
+    Two batches are on the device, the one that was given last and the next. Close it, and `batches` is closed.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copier = Copier(device)
+    try:
+        for begun in one_ahead(map(copier.begin, batches)):
+            yield copier.end(begun)
+    finally:
+        batches.close()
+
+
+class Copier:
+    """Copies views by a stream of its own; what `begin` began can be used after `end`, on the current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def begin(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(self._stream):
+            token_images = None if batch.token_images is None else self._copy(batch.token_images)
+            moved, copied = (
+                replace(batch, images=self._copy(batch.images), token_images=token_images),
+                torch.cuda.Event(),
+            )
+            copied.record(self._stream)
+        return moved, copied
+
+    def _copy(self, images: Tensor) -> Tensor:
+        # DALI's lie there already; the allocator of pinned memory keeps the source until the copy is done
+        return images if images.is_cuda else images.pin_memory().to(self._device, non_blocking=True)
+
+    def end(self, begun: tuple[Batch, torch.cuda.Event]) -> Batch:
+        batch, copied = begun
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(copied)
+        for images in (batch.images, batch.token_images):
+            if images is not None:
+                # freed while this stream still reads it, its memory must not go to the next copy
+                images.record_stream(stream)
+        return batch
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Each item, when the next one has been asked for; what goes wrong with that one is raised in its turn."""
+    iterator, end = iter(items), object()
+    item: Any = next(iterator, end)
+    while item is not end:
+        following, error = end, None
+        try:
+            following = next(iterator, end)
+        except Exception as err:
+            error = err
+        yield item
+        if error is not None:
+            raise error
+        item = following

@@ -1,0 +1,179 @@
+"""Batches of labelled images: augmented for fine-tuning, or as they are for evaluation (design D1, D4).
+
+Fine-tuning draws order, crop and flip as pre-training does, and RandAugment on the view. Evaluation sees the middle of
+each image, by the authors' rule.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastbeit.config import ConfigError, DataConfig
+from fastbeit.data.augment import AugmentConfig, draw_steps, fill_of, rand_augment
+from fastbeit.data.decode import MAX_PIXELS, BadImage, decode, decode_reference
+from fastbeit.data.index import DataError, Index
+from fastbeit.data.pipeline import CpuBatches, load_items
+from fastbeit.data.plans import Plans, steps_per_epoch
+from fastbeit.data.views import Rule, Size
+
+CROP_SHARE = 224 / 256  # of the resized image's side
+LARGE = 384  # from this size on, the crop takes the whole shorter side
+
+
+@dataclass
+class LabelledBatch:
+    """One rank's share of some images."""
+
+    images: Tensor  # [B, H, W, 3] uint8
+    labels: Tensor  # [B] int64, into the index's class names
+    sample: Tensor  # [B] int64, rows of the index
+    epoch: Tensor  # [B] int64, 0 in evaluation
+    bad: list[tuple[int, str]]  # (row of the index, path and reason) of images replaced, or in evaluation left out
+
+
+def make_labelled_loader(
+    data: DataConfig,
+    augment: AugmentConfig,
+    index: Index,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    first_step: int,
+    num_steps: int,
+) -> Generator[LabelledBatch, None, None]:
+    """The training batches of steps `first_step` to `num_steps` - 1 for one rank, as `pipeline.make_loader`.
+
+    RandAugment takes the place of colour jitter, as in timm. Random erasing is left to `augment.erase_`, which works
+    where the normalised images are.
+
+    Raises:
+        ConfigError: at once, as `make_loader`, and for data.pipeline=dali.
+        DataError: at once, when an image has no label (66); while iterating, as `make_loader`.
+    """
+    steps_per_epoch(len(index), batch_size, data.tail)
+    if batch_size % world_size:
+        raise ConfigError(f"optim.batch_size {batch_size} is not a multiple of the {world_size} ranks")
+    _check(data, index)
+    if augment.num_ops:
+        data = data.model_copy(update={"jitter": 0.0})
+    plans = Plans(data, index, batch_size, seed, rank, world_size)
+    return load_items(TrainingBatches(plans, augment), range(first_step, num_steps), data.num_workers)
+
+
+def make_eval_loader(
+    data: DataConfig, index: Index, *, batch_size: int, rank: int, world_size: int
+) -> Generator[LabelledBatch, None, None]:
+    """Every image once, in the order of the index; of each `batch_size` images rank r gets the r-th contiguous share.
+
+    All ranks get equally many batches; a share of the last can be short, and with more ranks than images empty. A bad
+    image is left out of its batch and listed in `bad`.
+
+    Raises:
+        ConfigError: at once, for data.pipeline=dali.
+        DataError: at once, when an image has no label; while iterating, when the data are gone (66).
+    """
+    _check(data, index)
+    starts = range(0, len(index), batch_size)
+    shares = (_share(start, min(start + batch_size, len(index)), rank, world_size) for start in starts)
+    return load_items(EvalBatches(data, index), shares, data.num_workers)
+
+
+def _share(start: int, stop: int, rank: int, world_size: int) -> range:
+    first, last = ((stop - start) * part // world_size for part in (rank, rank + 1))
+    return range(start + first, start + last)
+
+
+def _check(data: DataConfig, index: Index) -> None:
+    if data.pipeline == "dali":
+        raise ConfigError("data.pipeline=dali does no RandAugment and no centre crop; set data.pipeline=torch")
+    bare = np.flatnonzero(index.labels < 0)
+    if len(bare):
+        raise DataError(
+            f"{len(bare)} of {len(index)} images have no label, such as '{index.name(int(bare[0]))}'; give each one (a "
+            "folder named as its class, a .cls member beside it, a label column) and make the index again"
+        )
+
+
+class TrainingBatches(Dataset):
+    """The augmented batch of each step."""
+
+    def __init__(self, plans: Plans, augment: AugmentConfig) -> None:
+        self.plans, self.augment = plans, augment
+        self.views = CpuBatches(plans, Rule(plans.data.image_size, None, plans.data.jitter_on))
+        self.fill = fill_of(plans.data.mean)
+
+    def __getitem__(self, step: int) -> LabelledBatch:
+        batch, augment = self.views[step], self.augment
+        # of the images that are shown: in place of a bad one stands another
+        sample, epoch, images = batch.sample.numpy(), batch.epoch.numpy(), batch.images.numpy()
+        magnitude = augment.magnitude, augment.magnitude_std
+        for row, steps in enumerate(draw_steps(self.plans.seed, epoch, sample, augment.num_ops, *magnitude)):
+            images[row] = rand_augment(images[row], steps, self.fill)
+        return LabelledBatch(batch.images, _labels(self.plans.index, sample), batch.sample, batch.epoch, batch.bad)
+
+
+class EvalBatches(Dataset):
+    """The middle of each image of some rows of the index."""
+
+    def __init__(self, data: DataConfig, index: Index) -> None:
+        self.index, self.size = index, data.image_size
+        self.decode = decode_reference if data.pipeline == "pillow" else _decode
+
+    def __getitem__(self, rows: range) -> LabelledBatch:
+        images, samples, bad = np.empty((len(rows), *self.size, 3), np.uint8), [], []
+        for i in rows:
+            try:
+                images[len(samples)] = self._middle(i)
+                samples.append(i)
+            except BadImage as err:
+                bad.append((i, f"{self.index.name(i)}: {err}"))
+        sample = np.array(samples, np.int64)
+        views, epoch = torch.from_numpy(images[: len(sample)]), torch.zeros(len(sample), dtype=torch.int64)
+        return LabelledBatch(views, _labels(self.index, sample), torch.from_numpy(sample), epoch, bad)
+
+    def _middle(self, i: int) -> np.ndarray:
+        size = int(self.index.heights[i]), int(self.index.widths[i])
+        return centre_crop(self.decode(self.index.read_bytes(i), size), self.size)
+
+
+def _decode(data: bytes, size: Size) -> Image.Image:
+    return Image.fromarray(decode(data, size))
+
+
+def _labels(index: Index, sample: np.ndarray) -> Tensor:
+    return torch.from_numpy(index.labels[sample].astype(np.int64))
+
+
+def centre_crop(image: Image.Image, size: Size) -> np.ndarray:
+    """The middle of an image: it is resized, bicubic, with its aspect ratio kept, until it covers `size` / 0.875, or
+    `size` itself from 384 on (authors' code: crop_pct), and `size` is cut out.
+
+    Args:
+        image: RGB.
+        size: height and width.
+
+    Returns:
+        [height, width, 3] uint8.
+    """
+    share = CROP_SHARE if min(size) < LARGE else 1.0
+    height, width = int(size[0] / share), int(size[1] / share)
+    # the other side follows, and is rounded down
+    if height * image.width >= width * image.height:
+        width = height * image.width // image.height
+    else:
+        height = width * image.height // image.width
+    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    box = left, top, left + size[1], top + size[0]
+    if height * width <= MAX_PIXELS:
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC).crop(box))
+    # a line of pixels would fill the memory: only what is cut out is made, which rounds otherwise
+    scale = image.width / width, image.height / height
+    source = box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1]
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=source))
