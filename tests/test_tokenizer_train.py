@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from fastbeit.config import DataConfig
-from fastbeit.data.index import open_index
+from fastbeit.data.index import DataError, open_index
 from fastbeit.data.pipeline import make_loader
 from fastbeit.data.scan import build_index
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, RunError
@@ -301,6 +301,19 @@ def test_a_resumed_training_is_the_uninterrupted_one(photos, tmp_path, monkeypat
         for text in ((out / "log.jsonl").read_text().splitlines() for out in (whole, parts))
     ]
     assert figures[0] == figures[1]
+
+
+def test_a_disk_that_vanishes_costs_no_step(photos, tmp_path, monkeypatch):
+    whole, parts, images = tmp_path / "whole", tmp_path / "parts", photos.parent / "images"
+    train_tokenizer(config(), photos, None, whole, COMMAND)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "advance", lambda log: images.rename(tmp_path / "unmounted"))
+        with pytest.raises(DataError, match="gone, or not mounted"):
+            train_tokenizer(config(), photos, None, parts, COMMAND)
+    (tmp_path / "unmounted").rename(images)
+    assert [path.name for path in (parts / "checkpoints").iterdir()] == ["step-000001"]
+    assert train_tokenizer(config(), photos, None, parts, COMMAND) == DONE
+    assert weights(parts) == weights(whole)
 
 
 def test_two_seeds_are_two_tokenizers(photos, tmp_path):

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import shlex
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastbeit.checkpoint import find_checkpoint, load_model, load_optimizer, load_state, save_checkpoint
-from fastbeit.data.index import Index, open_index
+from fastbeit.data.index import DataError, Index, open_index
 from fastbeit.data.pipeline import BadSamples, Batch, make_loader
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, RunError
 from fastbeit.optim import (
@@ -89,8 +89,19 @@ def _train(
     meter = Meter(config, device)
     held_out: dict[str, float] = {}
     began = time.monotonic() - seconds_before
+    done = first_step
+
+    def save() -> None:
+        weights = trainer.state_dict() | {f"average.{k}": v for k, v in average.state_dict().items()}
+        state = {"index": index.fingerprint, "seconds": time.monotonic() - began, "held_out": held_out}
+        save_checkpoint(out / "checkpoints", done, weights, read_moments(trainer, optimizer), state, 1)
+
     loader = _batches(config, index, config.seed, first_step, config.steps)
-    with contextlib.closing(loader) as batches, RunLog(out, first_step, config.steps) as log:
+    with (
+        contextlib.closing(loader) as batches,
+        RunLog(out, first_step, config.steps) as log,
+        _saved_without_data(lambda: done > first_step and save()),
+    ):
         for problem in problems:
             log.say(f"checkpoint passed over: {problem}")
         for step, batch in enumerate(batches, first_step):
@@ -103,9 +114,9 @@ def _train(
             grad_norm = clip_and_step(optimizer, config.optim.clip_grad)
             follow(average, trainer, step, config.ema_decay)
             meter.add(loss, error, words, grad_norm)
-            bad_samples.add(batch.bad)
 
             done = step + 1
+            bad_samples.add(batch.bad)
             log.advance()
             stopping = stop.wanted and done < config.steps
             # once in a while: say how it goes
@@ -124,9 +135,7 @@ def _train(
             if (done % config.save_every == 0 or done == config.steps) and not stopping:
                 held_out = _look(log, done, average, config, index, val_index)
             if done % config.save_every == 0 or done == config.steps or stopping:
-                weights = trainer.state_dict() | {f"average.{k}": v for k, v in average.state_dict().items()}
-                state = {"index": index.fingerprint, "seconds": time.monotonic() - began, "held_out": held_out}
-                save_checkpoint(out / "checkpoints", done, weights, read_moments(trainer, optimizer), state, 1)
+                save()
             if stopping:
                 log.say(f"stopped at step {done} of {config.steps}, saved; to go on: {shlex.join(command)}")
                 return PREEMPTED
@@ -143,6 +152,16 @@ def _train(
     save_tokenizer(out, average.encoder, average.decoder, origin)
     print(f"tokenizer: {out}{' (was finished before)' if first_step == config.steps else ''}")
     return DONE
+
+
+@contextlib.contextmanager
+def _saved_without_data(save: Callable[[], object]) -> Iterator[None]:
+    """A disk that vanishes, or too many bad images, cost no step that was taken."""
+    try:
+        yield
+    except DataError:
+        save()
+        raise
 
 
 class Meter:
