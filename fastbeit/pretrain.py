@@ -18,8 +18,8 @@ from fastbeit.checkpoint import find_checkpoint, load_model, load_optimizer, loa
 from fastbeit.config import Config, ConfigError
 from fastbeit.data.handover import on_device
 from fastbeit.data.index import DataError, Index, open_index
-from fastbeit.data.pipeline import BadSamples, make_loader, steps_per_epoch
-from fastbeit.data.plans import Batch
+from fastbeit.data.pipeline import BadSamples, make_loader
+from fastbeit.data.plans import Batch, steps_per_epoch
 from fastbeit.data.sampling import drop_path_keep
 from fastbeit.engine import World, make_engine, start_world
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, DONE, PREEMPTED, RunError

@@ -16,8 +16,8 @@ from torch import Tensor
 from fastbeit.config import Config, ConfigError
 from fastbeit.data.decode import decode
 from fastbeit.data.index import Index, open_index
-from fastbeit.data.pipeline import make_loader, steps_per_epoch
-from fastbeit.data.plans import Plans
+from fastbeit.data.pipeline import make_loader
+from fastbeit.data.plans import Plans, steps_per_epoch
 from fastbeit.data.sampling import JITTER_OPS
 from fastbeit.data.views import Size
 from fastbeit.errors import CANNOT_WRITE, RunError

@@ -41,10 +41,15 @@ def save(value: Any, path: Path, format: str = "zip") -> Path:
     return path
 
 
-def images(*shape: int) -> Tensor:
+def random_images(*shape: int) -> Tensor:
     return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def official_input(images: Tensor) -> Tensor:
+    """What ToTensor and map_pixels give: float, channels first."""
+    return dall_e.map_pixels(images.permute(0, 3, 1, 2).contiguous().float() / 255)
 
 
 def official_tokens(encoder: nn.Module, pixels: Tensor) -> Tensor:
     with torch.no_grad():
-        return encoder(dall_e.map_pixels(pixels.permute(0, 3, 1, 2).contiguous().float() / 255)).argmax(1).flatten(1)
+        return encoder(official_input(pixels)).argmax(1).flatten(1)

@@ -12,7 +12,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from dalle import TINY, images, official, official_tokens, save
+from dalle import TINY, official, official_tokens, random_images, save
 from fastbeit.cli import main
 from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, DATA_MISSING, RunError
 from fastbeit.files import sha256
@@ -132,7 +132,7 @@ def test_the_pair_is_fetched_and_imported(server, tmp_path):
         assert f"sha256 {sha256(out / name)}  {out / name}" in report
     assert "compare" in report and "32 words; encodes and decodes" in report
     assert server.url in (out / "dvae.json").read_text()
-    pixels = images(1, 16, 24)
+    pixels = random_images(1, 16, 24)
     assert torch.equal(load_tokenizer(out).encode(pixels), official_tokens(official(TINY)[0], pixels))
     # what is there is not asked for again
     assert fetched(server, out) == [] and fetch_tokenizer(out, server.url) == report

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dalle import FORMATS, TINY, images, official, official_tokens, randomise, save
+from dalle import FORMATS, TINY, official, official_tokens, random_images, randomise, save
 from fastbeit.cli import main
 from fastbeit.errors import CHECKPOINT_UNUSABLE
 from fastbeit.files import sha256
@@ -36,7 +36,7 @@ def test_openais_modules_become_the_same_tokenizer(tmp_path, format, monkeypatch
         import_tokenizer(files, tmp_path / "dvae")
         tokenizer = load_tokenizer(tmp_path / "dvae")
     assert isinstance(tokenizer, DiscreteVAE) and tokenizer.arch == NARROW
-    x, pixels = torch.rand(2, 3, 32, 48), images(2, 32, 48)
+    x, pixels = torch.rand(2, 3, 32, 48), random_images(2, 32, 48)
     with torch.no_grad():
         torch.testing.assert_close(read_released(files[0]).nets["encoder"](x), encoder(x), rtol=1e-4, atol=0)
         z = torch.rand(2, 512, 3, 4)
@@ -49,7 +49,7 @@ def test_openais_encoder_at_its_full_size(tmp_path):
     encoder = dall_e.Encoder()
     file = save(encoder, tmp_path / "encoder.pkl")
     assert "53,786,240" in import_tokenizer([file], tmp_path / "dvae")
-    pixels = images(1, 32, 40)
+    pixels = random_images(1, 32, 40)
     assert torch.equal(load_tokenizer(tmp_path / "dvae").encode(pixels), official_tokens(encoder, pixels))
 
 
@@ -61,7 +61,7 @@ def test_mmpretrains_state_dict(tmp_path, wrapped, prefix, format):
     tensors = OrderedDict((prefix + key, value) for key, value in encoder.state_dict().items())
     value = {"meta": {"epoch": 1, "classes": ["a"]}, wrapped: tensors} if wrapped else tensors
     import_tokenizer([save(value, tmp_path / "dalle_encoder.pth", format)], tmp_path / "dvae")
-    tokenizer, pixels = load_tokenizer(tmp_path / "dvae"), images(1, 32, 32)
+    tokenizer, pixels = load_tokenizer(tmp_path / "dvae"), random_images(1, 32, 32)
     assert torch.equal(tokenizer.encode(pixels), official_tokens(encoder, pixels))
     with pytest.raises(TokenizerError, match="without a decoder"):
         tokenizer.decode(tokenizer.encode(pixels))
@@ -76,7 +76,7 @@ def test_the_authors_customised_file(tmp_path, format):
     import_tokenizer([file], tmp_path / "dvae")
     tokenizer = load_tokenizer(tmp_path / "dvae")
     assert isinstance(tokenizer, CustomizedVAE) and tokenizer.arch == arch
-    ours, pixels = CustomizedVAE(encoder, lambda: decoder, ""), images(1, 8, 12)
+    ours, pixels = CustomizedVAE(encoder, lambda: decoder, ""), random_images(1, 8, 12)
     assert torch.equal(tokenizer.encode(pixels), ours.encode(pixels))
     ids = tokenizer.encode(pixels)
     assert torch.equal(tokenizer.decode(ids, (2, 3)), ours.decode(ids, (2, 3)))
@@ -85,7 +85,7 @@ def test_the_authors_customised_file(tmp_path, format):
 def test_a_codebook_in_safetensors(tmp_path):
     save_file({"codebook": torch.rand(5, 12)}, tmp_path / "codebook.safetensors", {"order": "chw"})
     import_tokenizer([tmp_path / "codebook.safetensors"], tmp_path / "dvae")
-    assert load_tokenizer(tmp_path / "dvae").encode(images(1, 4, 6)).shape == (1, 6)
+    assert load_tokenizer(tmp_path / "dvae").encode(random_images(1, 4, 6)).shape == (1, 6)
 
 
 def test_the_card_says_where_the_weights_come_from(tmp_path, capsys):

@@ -6,32 +6,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dalle import TINY, official_input, random_images, randomise
 from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, RunError
 from fastbeit.files import sha256
 from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder, map_pixels, one_hot, unmap_pixels
 from fastbeit.tokenizer.weights import TokenizerError, load_tokenizer, save_tokenizer
 
 NARROW = Architecture(n_hid=64, n_init=32, vocab_size=512)  # the narrowest that the dall-e package allows
-TINY = Architecture(n_hid=8, n_init=8, vocab_size=32)
-
-
-def randomise(net: nn.Module, seed: int) -> nn.Module:
-    """Biases too: they are 0 at first and would hide a wrong one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            fan_in = parameter[0].numel() if parameter.ndim == 4 else 1
-            parameter.normal_(std=fan_in**-0.5, generator=generator)
-    return net
-
-
-def random_images(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def official_input(images: torch.Tensor) -> torch.Tensor:
-    """What ToTensor and map_pixels give: float, channels first."""
-    return dall_e.map_pixels(images.permute(0, 3, 1, 2).contiguous().float() / 255)
 
 
 def saved(path, arch=TINY, seed=0) -> DiscreteVAE:

@@ -18,7 +18,7 @@ from fastbeit.data.augment import AugmentConfig, draw_steps, fill_of, rand_augme
 from fastbeit.data.decode import MAX_PIXELS, BadImage, decode, decode_reference
 from fastbeit.data.index import DataError, Index
 from fastbeit.data.pipeline import CpuBatches, load_items
-from fastbeit.data.plans import Plans, steps_per_epoch
+from fastbeit.data.plans import Plans
 from fastbeit.data.views import Rule, Size
 
 CROP_SHARE = 224 / 256  # of the resized image's side
@@ -57,9 +57,6 @@ def make_labelled_loader(
         ConfigError: at once, as `make_loader`, and for data.pipeline=dali.
         DataError: at once, when an image has no label (66); while iterating, as `make_loader`.
     """
-    steps_per_epoch(len(index), batch_size, data.tail)
-    if batch_size % world_size:
-        raise ConfigError(f"optim.batch_size {batch_size} is not a multiple of the {world_size} ranks")
     _check(data, index)
     if augment.num_ops:
         data = data.model_copy(update={"jitter": 0.0})

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastbeit.config import ConfigError, DataConfig
 from fastbeit.data.decode import decode_reduced, decode_reference
 from fastbeit.data.index import DataError, Index
-from fastbeit.data.plans import Batch, Drawn, Plans, TokenViews, bad_limit, steps_per_epoch
+from fastbeit.data.plans import Batch, Drawn, Plans, TokenViews, bad_limit
 from fastbeit.data.views import Rule, Size, pillow_views, torch_views
 from fastbeit.errors import DATA_LIMIT
 
@@ -47,9 +47,6 @@ def make_loader(
         ConfigError: at once, when the images do not fill a batch or the ranks do not divide it.
         DataError: while iterating: the folder is gone or no image is valid (66), too many bad ones (65).
     """
-    steps_per_epoch(len(index), batch_size, data.tail)
-    if batch_size % world_size:
-        raise ConfigError(f"optim.batch_size {batch_size} is not a multiple of the {world_size} ranks")
     plans = Plans(data, index, batch_size, seed, rank, world_size)
     rule = Rule(data.image_size, token_size, data.jitter_on)
     steps = range(first_step, num_steps)

@@ -86,7 +86,11 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Plans:
-    """Which images and augmentations each step consists of."""
+    """Which images and augmentations each step consists of.
+
+    Raises:
+        ConfigError: the images do not fill a batch, or the ranks do not divide it.
+    """
 
     data: DataConfig
     index: Index
@@ -94,6 +98,11 @@ class Plans:
     seed: int
     rank: int
     world_size: int
+
+    def __post_init__(self) -> None:
+        steps_per_epoch(len(self.index), self.batch_size, self.data.tail)
+        if self.batch_size % self.world_size:
+            raise ConfigError(f"optim.batch_size {self.batch_size} is not a multiple of the {self.world_size} ranks")
 
     def draw(self, step: int) -> Drawn:
         """The step's samples and augmentations, before any file is read."""
