@@ -1,3 +1,10 @@
 """fastbeit pre-trains BEiT: a ViT that predicts the visual tokens of masked patches (arXiv 2106.08254)."""
 
+import os
+
 __version__ = "0.1.0"
+
+# Threads that wait for work sleep. OpenMP's default is to spin, which takes the cores from whoever else has work: two
+# small runs on two cores then make a third to a sixtieth of the steps that one makes. OpenMP reads this when it is
+# loaded, with torch, hence here; what the user set stands.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

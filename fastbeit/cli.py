@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbeit import __version__
+from fastbeit.cores import num_cores
 from fastbeit.errors import DONE, USAGE, RunError
 
 HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
@@ -174,7 +175,7 @@ def _check_index(args: list[str]) -> int:
         "fastbeit index check", description="Decode all images of an index; those that are bad are listed."
     )
     parser.add_argument("index", type=Path, help="made by `fastbeit index`")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (a core each)")
+    parser.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes (a core each)")
     options = parser.parse_args(args)
 
     from fastbeit.data.check import check_index

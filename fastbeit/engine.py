@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastbeit.config import Config, EngineConfig
+from fastbeit.cores import num_cores
 from fastbeit.errors import USAGE, RunError
 from fastbeit.optim import MOMENTS, clip_and_step, read_moments, write_moments
 
@@ -70,9 +71,9 @@ def start_world(engine: EngineConfig) -> World:
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
-    else:
+    elif "OMP_NUM_THREADS" not in os.environ:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(max(1, num_cores() // local_size))
     if "RANK" not in os.environ:
         return World(rank, size, device)
     dist.init_process_group("nccl" if on_cuda else "gloo")

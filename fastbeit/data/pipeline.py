@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastbeit.config import ConfigError, DataConfig
+from fastbeit.cores import num_cores
 from fastbeit.data.decode import decode_reduced, decode_reference
 from fastbeit.data.index import DataError, Index
 from fastbeit.data.plans import Batch, Drawn, Plans, TokenViews, bad_limit
@@ -165,8 +166,7 @@ class _Answer(Dataset):
 def load_items(items: Dataset, keys: Iterable[Any], num_workers: int) -> Generator[Any, None, None]:
     """The item of each key, in order, made by processes of their own."""
     # more processes than cores would only take turns
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_workers = min(num_workers, cores)
+    num_workers = min(num_workers, num_cores())
     loader = DataLoader(
         _Answer(items),
         batch_size=None,
