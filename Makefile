@@ -2,18 +2,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# the oldest PyTorch and Triton that fastbeit runs on; NumPy 2.4 and later break the interpreter of Triton 3.6
+FLOOR ?= .venv-floor
+FLOOR_PINS := torch==2.11.0 triton==3.6.0 numpy==2.3.5
+PIP := -m pip install --quiet --disable-pip-version-check
 # oracles of the tests and photos of the demo, whose own dependencies are heavy and not needed
 NO_DEPS := dall-e==0.1 sporco==0.2.2.post1
+CHECK_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is wanted; set PYTHON=")
 
-.PHONY: env demo test test-long check format clean
+.PHONY: env demo test test-long test-floor check format clean
 
 env: $(VENV)/.made
 
 $(VENV)/.made: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt wants Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -c '$(CHECK_PYTHON)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gpu,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(NO_DEPS)
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[gpu,dev]'
+	$(BIN)/python $(PIP) --no-deps $(NO_DEPS)
 	touch $@
 
 demo: env
@@ -25,6 +30,18 @@ test: env
 test-long: env
 	$(BIN)/python -m pytest -m long
 
+# downloads PyTorch with CUDA, 5.5 GB once installed; of several Pythons each wants an environment of its own: FLOOR=
+test-floor: $(FLOOR)/.made
+	$(FLOOR)/bin/python -m pytest -m 'not long'
+
+$(FLOOR)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -c '$(CHECK_PYTHON)'
+	$(PYTHON) -m venv $(FLOOR)
+	{ grep -vE '^(torch|triton|numpy)==' constraints.txt; printf '%s\n' $(FLOOR_PINS); } > $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/python $(PIP) -c $(FLOOR)/constraints.txt -e '.[gpu,dev]'
+	$(FLOOR)/bin/python $(PIP) --no-deps $(NO_DEPS)
+	touch $@
+
 check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +52,4 @@ format: env
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) runs dist .pytest_cache .ruff_cache

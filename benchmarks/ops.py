@@ -17,6 +17,7 @@ from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy, linear_c
 from fastbeit_kernels.masked_embed import masked_embed, masked_embed_reference
 
 DTYPE = torch.bfloat16
+TORCH_HAS_IT = hasattr(F, "linear_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def linear_cross_entropy_op(shapes: Shapes, backend: Backend) -> Op:
     contestants: dict[str, Callable] = dict(ours=ours, eager=linear_cross_entropy_reference)
     # the default chunk is 16 MiB of logits, 1024 rows of 8192 words
     contestants |= {f"{chunk} rows": partial(ours, chunk=chunk) for chunk in (512, 2048, shapes.R)}
-    contestants["torch"] = _torch_linear_cross_entropy
+    if TORCH_HAS_IT:
+        contestants["torch"] = _torch_linear_cross_entropy
     if liger.INSTALLED:
         contestants["liger"] = liger.linear_cross_entropy
     flops = 6 * shapes.R * shapes.D * shapes.V  # the logits, and the gradients of hidden and weight
@@ -164,6 +166,12 @@ def _samples(shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
 def _torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     options = torch.nn.LinearCrossEntropyOptions()  # its chunked form, and no count of right rows
     return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, options=options)
+
+
+def left_out() -> list[str]:
+    """Contestants that cannot take part here, each with what would bring it."""
+    torch_has_not = f"F.linear_cross_entropy: PyTorch has it from 2.13 on, this is {torch.__version__}"
+    return [*([] if TORCH_HAS_IT else [torch_has_not]), *([] if liger.INSTALLED else [liger.HOW_TO_INSTALL])]
 
 
 def ops(shapes: Shapes, backend: Backend = "triton") -> list[Op]:

@@ -256,6 +256,8 @@ def _profiler(config: Config, out: Path, world: World):
         yield None
         return
     with torch.profiler.profile(
+        # there is but one cycle; otherwise PyTorch 2.11 warns, and crashes where a warning is an error
+        acc_events=True,
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(out / "profile.json")),
     ) as profiler:

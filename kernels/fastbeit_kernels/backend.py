@@ -20,7 +20,7 @@ class _NoTriton:
         return self
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise ModuleNotFoundError("the Triton kernels of fastbeit need triton; on Linux: pip install 'triton>=3.5'")
+        raise ModuleNotFoundError("the Triton kernels of fastbeit need triton; on Linux: pip install 'triton>=3.6'")
 
     __getitem__ = __getattr__  # kernel[grid]
 
@@ -36,6 +36,8 @@ elif HAS_TRITON:
     from triton import knobs
 else:
     triton = tl = knobs = _NoTriton()
+# asked once, because torch.compile of PyTorch 2.11 and 2.12 cannot trace the question
+AUTOCAST_DEVICES = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 # asked once, as Triton does when it decorates a kernel: changing the variable later does nothing
 INTERPRETED: bool = HAS_TRITON and knobs.runtime.interpret
 
@@ -69,13 +71,13 @@ def product_dtype(dtype: torch.dtype | None, like: Tensor) -> torch.dtype:
     if dtype is not None:
         return dtype
     device = like.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return like.dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """For products whose dtype is chosen already; a device of no autocast ("meta") has none to switch off."""
-    if torch.amp.is_autocast_available(device.type):
+    if device.type in AUTOCAST_DEVICES:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
