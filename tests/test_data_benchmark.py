@@ -144,7 +144,7 @@ def indexes(tmp_path_factory):
 
 
 def run(folder, *args):
-    done = tiny.run(*args, "--json", str(folder / "found.json"), module="benchmarks.data", timeout=300)
+    done = tiny.run(*args, "--json", str(folder / "found.json"), module="benchmarks.data")
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "found.json").read_text()), done.stdout
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import simplejpeg
@@ -16,6 +15,7 @@ from fastbeit.errors import RunError
 from fastbeit.photos import gather_photos
 from photos import mid_corrupt_jpeg
 from tiny import make_photos
+from waiting import PATIENCE_S, started, wait_until
 
 MODEL = ["model.width=32", "model.depth=1", "model.mlp_width=32", "data.image_size=32", "masking.num_masked=6"]
 STEPS = ["optim.steps=4", "optim.batch_size=8", "optim.warmup_steps=1", "log.every=1", "log.save_every=2"]
@@ -54,13 +54,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     # many steps, so that the signal comes in the middle
     settings = ["--pretrain", *PRETRAIN, "optim.steps=100000"]
     args = [sys.executable, "-m", "fastbeit", "demo", "--data", "mine", "--out", "demo", *settings]
-    process = subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log, deadline = tmp_path / "demo/run/log.jsonl", time.monotonic() + 60
-    while not (log.exists() and log.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    log, pipe = tmp_path / "demo/run/log.jsonl", subprocess.PIPE
+    with started(args, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
+        wait_until(process, lambda: log.exists() and log.read_text())
+        os.kill(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 75
     assert "to go on: fastbeit demo --data mine --out demo" in stderr.splitlines()[-1]
     assert list((tmp_path / "demo/run/checkpoints").glob("step-*"))

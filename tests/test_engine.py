@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from fastbeit.checkpoint import load_model, load_optimizer, resolve_checkpoint
 from tiny import make_parts, write_config
+from waiting import finished
 
 DEEPSPEED = "deepspeed", "--num_gpus", "2", "--module", "fastbeit"
 TORCHRUN = "torchrun", "--nproc-per-node", "2", "-m", "fastbeit"
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MASTER_PORT": "29611"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         command = [*launcher, "pretrain", str(config), *parts, f"out={folder / out}", *overrides]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+        done = finished(command, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return folder / out
 

@@ -16,6 +16,7 @@ from PIL import Image
 import photos
 from fastbeit.data.decode import BadImage, check, decode, decode_reduced, decode_reference, read_header
 from formats import LOSSLESS, files, refused
+from waiting import finished
 
 
 def shown(encoded: bytes) -> np.ndarray:
@@ -85,7 +86,7 @@ def test_dali_shows_the_same():
 
 
 def in_a_process(code: str, *args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60)
+    return finished([sys.executable, "-c", code, *args])
 
 
 def hidden_frame(data: bytes, lead: bytes) -> bytes:

@@ -21,6 +21,7 @@ from fastbeit.data.plans import Plans, places_at, steps_per_epoch
 from fastbeit.data.scan import build_index
 from fastbeit.errors import RunError
 from loading import GOOD, PIPELINES, assert_same, batches, photo_index, psnr, small_index
+from waiting import PATIENCE_S, finished
 
 DECODERS = {"torch": decode, "pillow": decode_reference}
 TESTS = Path(__file__).parent
@@ -143,7 +144,7 @@ def test_a_script_that_forgets_its_loader_ends(index, tmp_path):
     """Its workers are ended by SIGTERM alone, which they do not take from others."""
     path = tmp_path.parent / "pipeline0" / "images.idx"
     command = [sys.executable, "-c", ENDLESS, str(path)]
-    subprocess.run(command, cwd=TESTS.parent, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=60)
+    finished(command, cwd=TESTS.parent, stdin=subprocess.DEVNULL, check=True)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a loader has no more workers than there are cores")
@@ -156,7 +157,7 @@ def test_workers_end_with_a_killed_run(index, tmp_path):
         assert len(workers) == 2
         run.send_signal(signal.SIGKILL)
         run.wait()
-        _, alive = psutil.wait_procs(workers, timeout=15)
+        _, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
         for worker in alive:
             worker.kill()
     assert not alive

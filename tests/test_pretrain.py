@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from fastbeit.errors import RunError
 from fastbeit.pretrain import pretrain
 from fastbeit_kernels.backend import INTERPRETED
 from tiny import make_parts, make_photos, make_tokenizer, run, write_config
+from waiting import PATIENCE_S, started, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_run_that_fails_ends_with_its_workers(parts, tmp_path):
     """A decoding process that outlived the loop would keep the command from ending."""
     settings = [f"{key}={value}" for key, value in parts.items() if key != "config"]
     settings += [f"out={tmp_path / 'run'}", "data.num_workers=1", "optim.steps=500", "optim.warmup_steps=0"]
-    done = run("pretrain", parts["config"], *settings, "optim.lr=1e30", "optim.clip_grad=0", timeout=60)
+    done = run("pretrain", parts["config"], *settings, "optim.lr=1e30", "optim.clip_grad=0")
     assert done.returncode == 1 and "not finite in the last 5 steps" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -181,35 +181,32 @@ def test_an_out_that_cannot_be_made_is_said(train, tmp_path):
     assert caught.value.exit_code == 73
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGUSR1, 0)])
-def test_a_signal_saves(parts, tmp_path, number, code):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves(parts, tmp_path, number):
     out = tmp_path / "run"
     settings = [f"{key}={value}" for key, value in parts.items() if key != "config"]
-    # 12 steps a second: long enough that the signal comes in the middle
-    num_steps = 30 if number == signal.SIGUSR1 else 5000
-    settings += [f"out={out}", f"optim.steps={num_steps}", "data.num_workers=1"]
+    # so many steps that the signal comes in the middle on any machine
+    settings += [f"out={out}", "optim.steps=1000000", "data.num_workers=1", "log.keep=9"]
     command = [sys.executable, "-m", "fastbeit", "pretrain", parts["config"], *settings]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 60
-    while not (out / "log.jsonl").exists() or '"loss"' not in (out / "log.jsonl").read_text():
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-    # to the whole group, decoding process and all, as a terminal and a scheduler do
-    os.killpg(process.pid, number)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr
-    assert resolve_checkpoint(out).name in stdout
-    steps = [int(path.name.split("-")[1]) for path in (out / "checkpoints").iterdir()]
-    if code == 75:
-        assert "to go on: fastbeit pretrain" in stderr
-        assert len(steps) == 1 and steps[0] < num_steps
-    else:
-        assert len(steps) == 2 and min(steps) < num_steps
+    log, pipe = out / "log.jsonl", subprocess.PIPE
+    with started(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        wait_until(process, lambda: log.exists() and '"loss"' in log.read_text())
+        # to the whole group, decoding process and all, as a terminal and a scheduler do
+        os.killpg(process.pid, number)
+        if number == signal.SIGUSR1:
+            # saves, and goes on
+            wait_until(process, lambda: list((out / "checkpoints").glob("step-*")))
+            size = log.stat().st_size
+            wait_until(process, lambda: log.stat().st_size > size)
+            os.killpg(process.pid, signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 75, stderr
+    assert resolve_checkpoint(out).name in stdout and "to go on: fastbeit pretrain" in stderr
+    assert len(list((out / "checkpoints").iterdir())) == (2 if number == signal.SIGUSR1 else 1)
 
 
 def test_a_profile_is_written_when_asked_for(train, tmp_path):
+    """Also by a CUDA build of PyTorch that finds no driver, which crashes where it is asked for what there is."""
     train(profile="true", optim__steps=6)
     trace = json.loads((tmp_path / "run/profile.json").read_text())
     assert len(trace["traceEvents"]) > 100

@@ -1,10 +1,9 @@
 """Kill -9 at any step and start again: the same samples, crops and bytes; and memory that does not grow."""
 
 import json
-import os
 import subprocess
 import sys
-import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image
 from batch_digests import BATCH_SIZE, write_digests
 from fastbeit.data.scan import build_index
 from tiny import make_parts, make_photos, photo_folder, write_config
+from waiting import PATIENCE_S, finished, started, wait_until
 
 DIGESTS = Path(__file__).with_name("batch_digests.py")
 PIPELINES = [
@@ -33,23 +33,17 @@ def index(tmp_path_factory) -> Path:
     return folder / "images.idx"
 
 
-def start(index: Path, out: Path, options: dict, *numbers: int) -> subprocess.Popen:
-    """Ranks, first and last step, as `batch_digests` wants them."""
+def digests(index: Path, out: Path, options: dict, *numbers: int) -> AbstractContextManager[subprocess.Popen]:
+    """Ranks, first and last step, as `batch_digests` wants them; killed in the end, where that has not ended before.
+
+    The training process alone is killed, as by the kernel that runs out of memory.
+    """
     command = [sys.executable, str(DIGESTS), str(index), str(out), json.dumps(options), *map(str, numbers)]
-    return subprocess.Popen(command, start_new_session=True)
+    return started(command, start_new_session=True)
 
 
-def wait_for_lines(process: subprocess.Popen, out: Path, wanted: int, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not out.exists() or out.read_bytes().count(b"\n") < wanted:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """The training process alone, as the kernel does that runs out of memory."""
-    process.kill()
-    process.wait()
+def wait_for_lines(process: subprocess.Popen, out: Path, wanted: int) -> None:
+    wait_until(process, lambda: out.exists() and out.read_bytes().count(b"\n") >= wanted, pause_s=0.002)
 
 
 def whole_steps(out: Path, share: int) -> list[list[str]]:
@@ -79,10 +73,9 @@ def test_kill_9_at_any_step(index, uninterrupted, tmp_path, options):
         pytest.importorskip("nvidia.dali")
     out, steps = tmp_path / "lines", []
     for wanted in (1, 9, 14, 40):
-        process = start(index, out, options, 0, 1, len(steps), 40)
-        # where exactly it dies is left to the machine; it resumes wherever that was
-        wait_for_lines(process, out, wanted * BATCH_SIZE) if wanted < 40 else process.wait(60)
-        kill(process)
+        with digests(index, out, options, 0, 1, len(steps), 40) as process:
+            # where exactly it dies is left to the machine; it resumes wherever that was
+            wait_for_lines(process, out, wanted * BATCH_SIZE) if wanted < 40 else process.wait(PATIENCE_S)
         steps = whole_steps(out, BATCH_SIZE)
         out.write_text("".join(line for step in steps for line in step))
     assert steps == uninterrupted(options)
@@ -93,14 +86,14 @@ def test_two_ranks_are_killed_and_one_goes_on(index, uninterrupted, tmp_path, op
     if options["pipeline"] == "dali":
         pytest.importorskip("nvidia.dali")
     share, outs = BATCH_SIZE // 2, [tmp_path / "rank0", tmp_path / "rank1"]
-    ranks = [start(index, out, options, rank, 2, 0, 40) for rank, out in enumerate(outs)]
-    for process, out in zip(ranks, outs, strict=True):
-        wait_for_lines(process, out, 5 * share)
-    for process in ranks:
-        kill(process)
+    one, other = (digests(index, out, options, rank, 2, 0, 40) for rank, out in enumerate(outs))
+    with one as one, other as other:
+        for process, out in zip((one, other), outs, strict=True):
+            wait_for_lines(process, out, 5 * share)
     steps = [sum(shares, []) for shares in zip(*(whole_steps(out, share) for out in outs), strict=False)]
     rest = tmp_path / "rest"
-    assert start(index, rest, options, 0, 1, len(steps), 40).wait(60) == 0
+    with digests(index, rest, options, 0, 1, len(steps), 40) as process:
+        assert process.wait(PATIENCE_S) == 0
     assert steps + whole_steps(rest, BATCH_SIZE) == uninterrupted(options)
 
 
@@ -122,10 +115,7 @@ def losses_of(out: Path) -> dict[int, float]:
 
 
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while max(losses_of(out), default=0) < step:
-        assert time.monotonic() < deadline and process.poll() is None, f"no step {step}"
-        time.sleep(0.005)
+    wait_until(process, lambda: max(losses_of(out), default=0) >= step)
 
 
 def test_a_run_that_is_killed_goes_on_as_if_it_were_not(tmp_path):
@@ -133,36 +123,32 @@ def test_a_run_that_is_killed_goes_on_as_if_it_were_not(tmp_path):
     settings = [f"{key}={value}" for key, value in make_parts(tmp_path / "parts").items()]
     settings += ["optim.steps=60", "log.save_every=3", "data.num_workers=1", "data.pipeline=torch"]
     command = [sys.executable, "-m", "fastbeit", "pretrain", str(write_config(tmp_path / "tiny.yaml")), *settings]
-    subprocess.run([*command, f"out={tmp_path / 'whole'}"], check=True, capture_output=True, timeout=120)
+    finished([*command, f"out={tmp_path / 'whole'}"], check=True)
     out = tmp_path / "killed"
     for step in (5, 20, 35):
-        process = subprocess.Popen([*command, f"out={out}"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        wait_for_step(process, out, step)
-        kill(process)
-    subprocess.run([*command, f"out={out}"], check=True, capture_output=True, timeout=120)
+        with started([*command, f"out={out}"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+            wait_for_step(process, out, step)
+    finished([*command, f"out={out}"], check=True)
     assert losses_of(out) == losses_of(tmp_path / "whole")
 
 
 def test_ranks_stop_together_when_the_disk_vanishes(tmp_path):
     parts = make_parts(tmp_path / "parts")
-    settings = [f"{key}={value}" for key, value in parts.items()] + ["optim.steps=2000", "data.num_workers=1"]
+    settings = [f"{key}={value}" for key, value in parts.items()] + ["optim.steps=1000000", "data.num_workers=1"]
     out, photos = tmp_path / "run", tmp_path / "parts/photos"
     command = ["-m", "fastbeit", "pretrain", str(write_config(tmp_path / "tiny.yaml")), *settings, f"out={out}"]
     ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*ranks, *command], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    wait_for_step(process, out, 5)
-    photos.rename(tmp_path / "unmounted")
-    _, stderr = process.communicate(timeout=60)
+    with started([*ranks, *command], stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(process, out, 5)
+        photos.rename(tmp_path / "unmounted")
+        _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode and f"'{photos}' is gone, or not mounted; last checkpoint: {out}" in stderr
     (step,) = (int(path.name.split("-")[1]) for path in (out / "checkpoints").iterdir())
-    assert step == max(losses_of(out)) < 2000
+    assert step == max(losses_of(out)) < 1000000
     # mounted again, one process takes it up where they stopped
     (tmp_path / "unmounted").rename(photos)
-    go_on = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_step(go_on, out, step + 1)
-    kill(go_on)
+    with started([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as go_on:
+        wait_for_step(go_on, out, step + 1)
 
 
 # ---- memory
@@ -200,7 +186,7 @@ def test_memory_is_flat_over_20_epochs(tmp_path, options):
         photo.resize((600 - 7 * i, 400 - 5 * i)).save(tmp_path / f"photos/{i}.jpg")
     build_index(tmp_path / "photos", tmp_path / "images.idx", progress=False)
     command = [sys.executable, "-c", EPOCHS, str(tmp_path / "images.idx"), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=110)
+    done = finished(command, check=True)
     epochs = json.loads(done.stdout)
     assert len(epochs) == 20
     # 5 % of about 300 MB: an image kept of each ten, of these 1200 of 0.3 MB, would be seen

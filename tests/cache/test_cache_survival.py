@@ -22,6 +22,7 @@ from fastbeit.errors import RunError
 from fastbeit.rundir import hold
 from fastbeit.tokenizer.cache import CacheError, open_cache
 from tiny import make_photos
+from waiting import PATIENCE_S, wait_until
 
 
 class Killed(BaseException):
@@ -146,9 +147,11 @@ def many_tokens(many, tmp_path_factory) -> Path:
     return folder
 
 
+# chunks of six crops, each with three syncs: on no machine are 120 of them over before a signal comes
 SMALL = f"""
-import sys, fastbeit.cli, fastbeit.tokenizer.cache_writer as writer
-writer.CHUNK_CROPS = {CHUNK_CROPS}
+import os, sys, time, fastbeit.cli, fastbeit.tokenizer.cache_writer as writer
+writer.CHUNK_CROPS, fsync = {CHUNK_CROPS}, os.fsync
+os.fsync = lambda file: (time.sleep(0.01), fsync(file))
 sys.exit(fastbeit.cli.main())
 """
 
@@ -181,13 +184,6 @@ def assert_none_made_twice(folder: Path) -> None:
     assert len(chunks) == len(set(chunks)) > 0
 
 
-def wait_until(job: subprocess.Popen, condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline and job.poll() is None, job.communicate()
-        time.sleep(0.001)
-
-
 def test_kill_9_five_times(many, many_tokens, tmp_path):
     folder, moments = tmp_path / "tokens", random.Random(0)
     for _ in range(5):
@@ -210,7 +206,7 @@ def test_a_signal_stops_and_says_how_to_go_on(many, many_tokens, tmp_path):
     with job_of({**many, "data.num_workers": 1}, folder) as job:
         wait_until(job, lambda: num_lines(folder) > 2)
         os.killpg(job.pid, signal.SIGTERM)
-        _, stderr = job.communicate(timeout=60)
+        _, stderr = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 75, stderr
     assert "stopped, saved:" in stderr and f"to go on: fastbeit tokenize {many['config']}" in stderr
     assert 2 < num_lines(folder) < 120
@@ -249,7 +245,7 @@ def test_ranks_may_come_and_go(many, many_tokens, tmp_path, monkeypatch):
     with job_of(many, folder, *torchrun) as job:
         wait_until(job, lambda: num_lines(folder, "000") and num_lines(folder, "001"))
         os.killpg(job.pid, signal.SIGTERM)
-        _, stderr = job.communicate(timeout=60)
+        _, stderr = job.communicate(timeout=PATIENCE_S)
     before = num_lines(folder)
     assert "stopped, saved:" in stderr and 2 <= before < 100, stderr
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -258,6 +254,6 @@ def test_ranks_may_come_and_go(many, many_tokens, tmp_path, monkeypatch):
     assert num_lines(folder) > before
     assert_none_made_twice(folder)
     with job_of(many, folder, *torchrun) as job:
-        _, stderr = job.communicate(timeout=60)
+        _, stderr = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, stderr
     assert files(folder) == files(many_tokens)

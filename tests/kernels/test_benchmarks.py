@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +30,7 @@ from benchmarks.moved import Moved
 from benchmarks.ops import Op, Shapes, cross_entropy_op, ops
 from benchmarks.predict import A100, H100, occupancy, predicted_us
 from fastbeit_kernels.backend import INTERPRETED
+from waiting import finished
 
 TINY = Shapes(B=2, grid=4, M=6, D=48, V=100, P=8)
 IDLE: dict[str, Any] = {"copy": lambda _: lambda: None, "product": lambda _: lambda: None}
@@ -133,7 +133,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= dict(CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     command = [sys.executable, "-m", "benchmarks.kernels", "--json", str(tmp_path / "rows.json")]
-    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    run = finished(command, env=env)
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "--predict" in run.stderr
     assert not run.stdout and not list(tmp_path.iterdir())
 
@@ -202,7 +202,7 @@ def test_predictions(tmp_path: Path):
     env |= dict(TRITON_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     file = tmp_path / "rows.json"
     command = [sys.executable, "-m", "benchmarks.kernels", "--predict", "--json", str(file)]
-    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    run = finished(command, env=env)
     assert run.returncode == 0, run.stderr
     assert "predicted, not measured" in run.stdout
     found = json.loads(file.read_text())

@@ -1,7 +1,6 @@
 """Masks: the kernels and the references draw the same ones; the references themselves are held to the authors' rule and
 statistics in tests/test_masking.py."""
 
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from fastbeit_kernels import block_masks as block_masks_module
 from fastbeit_kernels.backend import INTERPRETED, Backend, tl
 from fastbeit_kernels.block_masks import block_masks, random_masks
 from fastbeit_kernels.philox import philox
+from waiting import finished
 
 SEED = 2**40 + 7
 OFFICIAL: dict[str, Any] = dict(grid=(14, 14), num_masked=75)
@@ -268,6 +268,6 @@ def test_serves_without_triton():
     """
     path = [p for p in sys.path if p]
     program = f"import sys; sys.path[:0] = {path!r}\n{program}"
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60).stdout
+    out = finished([sys.executable, "-c", program], check=True).stdout
     assert out.splitlines()[::2] == ["torch.Size([3, 75])"] * 2
     assert all("pip install 'triton" in line for line in out.splitlines()[1::2])

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastbeit_kernels import backend as backend_module
 from fastbeit_kernels.backend import INTERPRETED
 from fastbeit_kernels.cross_entropy import cross_entropy, cross_entropy_reference, launch_forward
+from waiting import finished
 
 LOGITS = {
     "flat": lambda x, word: 0.1 * x,  # the first steps of a run
@@ -360,5 +360,5 @@ def test_serves_without_triton():
     """
     path = [p for p in sys.path if p]
     program = f"import sys; sys.path[:0] = {path!r}\n{program}"
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60).stdout
+    out = finished([sys.executable, "-c", program], check=True).stdout
     assert out.splitlines()[0] == "2.0794" and "pip install 'triton" in out.splitlines()[1]

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from itertools import product
 from typing import Any
@@ -16,6 +15,7 @@ from benchmarks.traffic import Traffic
 from fastbeit_kernels import masked_embed as module
 from fastbeit_kernels.backend import INTERPRETED
 from fastbeit_kernels.masked_embed import masked_embed, masked_embed_reference
+from waiting import finished
 
 PARAMETERS = "weight", "bias", "cls_token", "mask_token", "positions"
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -338,5 +338,5 @@ def test_serves_without_triton():
         except ModuleNotFoundError as error:
             print(error)
     """
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60).stdout
+    out = finished([sys.executable, "-c", program], check=True).stdout
     assert out.splitlines()[0] == "[2.0, 3.0, 1.0]" and "pip install 'triton" in out.splitlines()[1]
