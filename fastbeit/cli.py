@@ -1,7 +1,6 @@
 """The command `fastbeit`: one verb a job, no logic."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path

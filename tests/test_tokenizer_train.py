@@ -28,8 +28,6 @@ TINY = {"image_size": 32, "n_hid": 8, "n_init": 16, "vocab_size": 24, "batch_siz
 COMMAND = ["fastbeit", "tokenizer", "train"]
 
 
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
