@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# the oldest PyTorch and Triton that fastbeit runs on; NumPy 2.4 and later break the interpreter of Triton 3.6
+# the oldest PyTorch and Triton that fastbeit runs on
 FLOOR ?= .venv-floor
-FLOOR_PINS := torch==2.11.0 triton==3.6.0 numpy==2.3.5
+FLOOR_PINS := torch==2.11.0 triton==3.6.0
 PIP := -m pip install --quiet --disable-pip-version-check
 # oracles of the tests and photos of the demo, whose own dependencies are heavy and not needed
 NO_DEPS := dall-e==0.1 sporco==0.2.2.post1
@@ -37,7 +37,7 @@ test-floor: $(FLOOR)/.made
 $(FLOOR)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -c '$(CHECK_PYTHON)'
 	$(PYTHON) -m venv $(FLOOR)
-	{ grep -vE '^(torch|triton|numpy)==' constraints.txt; printf '%s\n' $(FLOOR_PINS); } > $(FLOOR)/constraints.txt
+	{ grep -vE '^(torch|triton)==' constraints.txt; printf '%s\n' $(FLOOR_PINS); } > $(FLOOR)/constraints.txt
 	$(FLOOR)/bin/python $(PIP) -c $(FLOOR)/constraints.txt -e '.[gpu,dev]'
 	$(FLOOR)/bin/python $(PIP) --no-deps $(NO_DEPS)
 	touch $@

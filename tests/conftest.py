@@ -1,4 +1,6 @@
 import os
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -15,3 +17,19 @@ if "OMP_NUM_THREADS" not in os.environ:
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def interpret_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mend the interpreter of Triton 3.6, which takes int() of an array with one element; NumPy 2.4 refuses that."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
