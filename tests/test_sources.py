@@ -102,7 +102,7 @@ def test_a_list_from_the_root_of_the_file_system_can_move(tmp_path):
 
 
 def test_a_scan_that_is_stopped_ends_at_once_and_leaves_nothing(tmp_path, monkeypatch):
-    folder, examined = shards(tmp_path / "shards", 40, 30), []
+    folder, examined = shards(tmp_path / "shards", 120, 30), []
     examine = scan._examine
 
     def slow(file, size):
@@ -117,8 +117,8 @@ def test_a_scan_that_is_stopped_ends_at_once_and_leaves_nothing(tmp_path, monkey
     monkeypatch.setattr(scan.Progress, "advance", interrupt)
     with pytest.raises(KeyboardInterrupt):
         index_of(folder, tmp_path)
-    # when the first of 40 shards is done, each of 16 threads has done about one
-    assert len(examined) < 900 and not list(tmp_path.glob("*images.idx*"))
+    # when the first of 120 shards is done, each of 16 threads has done about one; two thirds of all are seconds later
+    assert len(examined) < 2400 and not list(tmp_path.glob("*images.idx*"))
 
 
 def test_tables(tmp_path):

@@ -78,8 +78,8 @@ def test_a_whole_batch(device: str, dtype: torch.dtype, V: int):
     loss, grad_logits, num_correct = run(cross_entropy, logits, labels)
     exact = run(cross_entropy_reference, logits.double(), labels)
     torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=0)
-    # a probability in float32 has the error of its exponent, of logits near 20 and their logarithm of a sum: 2^-17 of it
-    # on AVX2, less on AVX-512. Four times that, over the 6400 rows whose mean is taken
+    # a probability in float32 has the error of its exponent, a logit near 20 less the logarithm of a sum: on AVX2 2^-17
+    # of it, on AVX-512 less. Four times that, over the 6400 rows whose mean is taken
     torch.testing.assert_close(grad_logits.double(), exact[1], rtol=2 * torch.finfo(dtype).eps, atol=2**-15 / 6400)
     assert num_correct == exact[2] and 0 < num_correct < 9600
 
