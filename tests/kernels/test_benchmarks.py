@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.card import environment
 from benchmarks.compiled import Compiled
 from benchmarks.kernels import (
     WARM_UP,
     Bench,
-    environment,
     faults,
     inputs_of,
     main,
@@ -37,7 +37,7 @@ IDLE: dict[str, Any] = {"copy": lambda _: lambda: None, "product": lambda _: lam
 
 
 def bench(device: str, clock: Callable[[Callable[[], object]], float], l2_bytes: int = 2**14) -> Bench:
-    return Bench(device, l2_bytes, IDLE, clock, peak_mib=lambda turn: 7.0)
+    return Bench(device, l2_bytes, IDLE, clock, peak_mib=lambda work: 7.0)
 
 
 @pytest.mark.parametrize("i", range(4))
@@ -148,7 +148,7 @@ def test_interpreted_kernels_are_neither_timed_nor_predicted(capsys: pytest.Capt
 
 def test_numbers_name_what_they_belong_to():
     where = json.loads(json.dumps(environment()))
-    assert {*where} == {"gpu", "driver", "cuda", "versions", "commit"}
+    assert {*where} == {"gpu", "driver", "clocks", "cuda", "cudnn", "versions", "commit"}
     assert where["versions"]["torch"] == torch.__version__
     assert (where["gpu"] is not None) == torch.cuda.is_available()
 
