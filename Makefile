@@ -1,11 +1,12 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Both make the environment first, in .venv.
+# One for a machine with a GPU: `make gpu`, in the Python that is there; it makes no environment and downloads nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # oracles of the tests and photos of the demo, whose own dependencies are heavy and not needed
 NO_DEPS := dall-e==0.1 sporco==0.2.2.post1
 
-.PHONY: env demo test test-long check format clean
+.PHONY: env demo test test-long gpu check format clean
 
 env: $(VENV)/.made
 
@@ -24,6 +25,9 @@ test: env
 
 test-long: env
 	$(BIN)/python -m pytest -m long
+
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(PARTS)
 
 check: env
 	$(BIN)/ruff check .
