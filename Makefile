@@ -1,4 +1,5 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Both make the environment first, in .venv.
+# One for a machine with a GPU: `make gpu`, in the Python that is there; it makes no environment and downloads nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 NO_DEPS := dall-e==0.1 sporco==0.2.2.post1
 CHECK_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is wanted; set PYTHON=")
 
-.PHONY: env demo test test-long test-floor check format clean
+.PHONY: env demo test test-long test-floor gpu check format clean
 
 env: $(VENV)/.made
 
@@ -41,6 +42,9 @@ $(FLOOR)/.made: pyproject.toml constraints.txt
 	$(FLOOR)/bin/python $(PIP) -c $(FLOOR)/constraints.txt -e '.[gpu,dev]'
 	$(FLOOR)/bin/python $(PIP) --no-deps $(NO_DEPS)
 	touch $@
+
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(PARTS)
 
 check: env
 	$(BIN)/ruff check .

@@ -35,8 +35,8 @@ import torch
 from PIL import Image
 
 from benchmarks import official
+from benchmarks.card import environment
 from benchmarks.contestants import CONTESTANTS, Player, Task, Turn, masks_of, open_loader
-from benchmarks.kernels import environment
 from fastbeit.config import DataConfig
 from fastbeit.data.index import open_index
 from fastbeit.data.plans import Batch, Plans

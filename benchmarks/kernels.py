@@ -12,12 +12,10 @@ import argparse
 import itertools
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,19 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.card import Clock, Work, cuda_clock, cuda_peak_mib, environment
+from benchmarks.gate import first_fault
 from benchmarks.ops import Op, Shapes, left_out, ops
 from fastbeit_kernels.backend import INTERPRETED
 
-# where eager happens to be exact; Liger and PyTorch round the loss to bfloat16
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.int64: 1e-3}
 COPY_BYTES = 2**30  # read and written
 PRODUCT = 8192  # rows and columns of the matrices
 WARM_UP = 3  # rounds
 MAX_SETS = 64  # of inputs
-SLEEP = 2_000_000  # clock cycles, about a millisecond: the host enqueues meanwhile, so that its own time is hidden
 
-Clock = Callable[[Callable[[], object]], float]  # microseconds of what it is given
-Turn = Callable[[int], Callable[[], object]]  # by its number; what it returns is timed
+Turn = Callable[[int], Work]  # by its number; what it returns is timed
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Bench:
     l2_bytes: int
     ceilings: dict[str, Turn]  # "copy" and "product"
     clock: Clock
-    peak_mib: Callable[[Turn], float]
+    peak_mib: Callable[[Work], float]
 
 
 def outputs(op: Op, fn: Callable, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -81,14 +77,8 @@ def faults(op: Op, contestants: dict[str, Callable], device: str) -> dict[str, s
     eager = outputs(op, op.contestants["eager"], inputs_of(op, device, 0))
     found = {}
     for who, fn in contestants.items():
-        for name, got in outputs(op, fn, inputs_of(op, device, 0)).items():
-            for order in (float("inf"), 2):
-                size = torch.linalg.vector_norm(exact[name].double(), order).clamp_min(1e-30)
-                errors = (torch.linalg.vector_norm(x.double() - exact[name], order) for x in (got, eager[name]))
-                error, allowed = (float(error / size) for error in errors)
-                budget = 2 * allowed + FLOOR[got.dtype]
-                if not error <= budget:  # NaN is a fault too
-                    found.setdefault(who, f"wrong: {name} errs by {error:.1e}, over its budget of {budget:.1e}")
+        if fault := first_fault(outputs(op, fn, inputs_of(op, device, 0)), eager, exact):
+            found[who] = f"wrong: {fault}"
     return found
 
 
@@ -112,7 +102,7 @@ def turns_of(op: Op, contestants: dict[str, Callable], bench: Bench) -> dict[str
     sets += [inputs_of(op, bench.device, seed) for seed in range(1, num_sets)]
     kept = [inputs[op.overwritten].detach().clone() for inputs in sets] if op.overwritten else []
 
-    def turn(fn: Callable, number: int) -> Callable[[], object]:
+    def turn(fn: Callable, number: int) -> Work:
         used = (number - 1) % num_sets  # by the turn before; to put back what this turn takes would warm the cache
         if kept:
             with torch.no_grad():
@@ -120,28 +110,6 @@ def turns_of(op: Op, contestants: dict[str, Callable], bench: Bench) -> dict[str
         return partial(outputs, op, fn, sets[number % num_sets])
 
     return {who: partial(turn, fn) for who, fn in contestants.items()}
-
-
-def cuda_clock(work: Callable[[], object]) -> float:
-    """Microseconds of the GPU's time, and of the host's where the GPU waits for it."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(SLEEP)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return 1e3 * start.elapsed_time(end)
-
-
-def cuda_peak_mib(turn: Turn) -> float:
-    """Memory that a turn takes beside its inputs."""
-    work = turn(0)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def cuda_bench() -> Bench:
@@ -161,7 +129,7 @@ def measure(op: Op, contestants: dict[str, Callable], bench: Bench, rounds: int)
     if "ours" in wrong:
         return [dict(op=op.name, who="ours", wrong=wrong["ours"])]
     turns = turns_of(op, contestants, bench)
-    peaks = {who: bench.peak_mib(turn) for who, turn in turns.items()}
+    peaks = {who: bench.peak_mib(turn(0)) for who, turn in turns.items()}
     us = medians(turns | bench.ceilings, bench.clock, rounds)
     copy, product = COPY_BYTES / us["copy"], 2 * PRODUCT**3 / us["product"]  # a microsecond
     rows = []
@@ -187,28 +155,6 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         if "tflop_per_s" in row:
             cells.append(f"{row['tflop_per_s']:8.1f} TFLOP/s {row['percent_of_product']:5.1f} % of a product")
         print(*cells, row.get("wrong", ""))
-
-
-def environment() -> dict[str, Any]:
-    """What a row of numbers belongs to."""
-    versions = {}
-    for package in ("torch", "triton", "liger-kernel"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    commit = _first_line("git", "describe", "--always", "--dirty")
-    return dict(gpu=gpu, driver=driver, cuda=torch.version.cuda, versions=versions, commit=commit)
-
-
-def _first_line(*command: str) -> str | None:
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run.stdout.splitlines()[0]
 
 
 def time_on_cuda(rounds: int) -> list[dict[str, Any]]:

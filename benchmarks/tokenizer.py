@@ -23,7 +23,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from benchmarks.kernels import cuda_clock, environment, medians
+from benchmarks.card import cuda_clock, environment
+from benchmarks.kernels import medians
 from benchmarks.memory import PeakMemory
 from fastbeit.config import Config
 from fastbeit.engine import World, make_engine

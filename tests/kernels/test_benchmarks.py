@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.card import environment
 from benchmarks.compiled import Compiled
 from benchmarks.kernels import (
     WARM_UP,
     Bench,
-    environment,
     faults,
     inputs_of,
     main,
@@ -27,7 +27,7 @@ from benchmarks.kernels import (
     turns_of,
 )
 from benchmarks.moved import Moved
-from benchmarks.ops import Op, Shapes, cross_entropy_op, ops
+from benchmarks.ops import Op, Shapes, cross_entropy_op, left_out, ops
 from benchmarks.predict import A100, H100, occupancy, predicted_us
 from fastbeit_kernels.backend import INTERPRETED
 from waiting import finished
@@ -37,7 +37,7 @@ IDLE: dict[str, Any] = {"copy": lambda _: lambda: None, "product": lambda _: lam
 
 
 def bench(device: str, clock: Callable[[Callable[[], object]], float], l2_bytes: int = 2**14) -> Bench:
-    return Bench(device, l2_bytes, IDLE, clock, peak_mib=lambda turn: 7.0)
+    return Bench(device, l2_bytes, IDLE, clock, peak_mib=lambda work: 7.0)
 
 
 @pytest.mark.parametrize("i", range(4))
@@ -148,7 +148,7 @@ def test_interpreted_kernels_are_neither_timed_nor_predicted(capsys: pytest.Capt
 
 def test_numbers_name_what_they_belong_to():
     where = json.loads(json.dumps(environment()))
-    assert {*where} == {"gpu", "driver", "cuda", "versions", "commit"}
+    assert {*where} == {"gpu", "driver", "clocks", "cuda", "cudnn", "versions", "commit"}
     assert where["versions"]["torch"] == torch.__version__
     assert (where["gpu"] is not None) == torch.cuda.is_available()
 
@@ -213,3 +213,11 @@ def test_predictions(tmp_path: Path):
         row = rows[chip, "_cross_entropy_fwd_kernel"]
         assert row["predicted_us"] == pytest.approx(us, rel=0.05) and row["blocks"] == 2
         assert row["over_minimum"] == pytest.approx(1, abs=0.1)
+
+
+def test_who_cannot_take_part_is_named(monkeypatch: pytest.MonkeyPatch):
+    for there in (True, False):
+        monkeypatch.setattr("benchmarks.ops.TORCH_HAS_IT", there)
+        (op,) = (op for op in ops(TINY) if op.name == "linear_cross_entropy")
+        assert ("torch" in op.contestants) == there
+        assert any("F.linear_cross_entropy" in line and torch.__version__ in line for line in left_out()) != there

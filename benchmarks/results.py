@@ -1,0 +1,57 @@
+"""What a benchmark leaves behind: rows as JSON that is whole at any moment, as lines and as a Markdown table.
+
+A row is a dict: words that say what was measured, figures under names that end in their unit, or `error` or `wrong`.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastbeit.files import aside, put_in_place
+
+Row = dict[str, Any]
+
+MAX_ERROR = 200  # characters
+
+# how a figure is said, in the order of a line
+FIGURES = {
+    "us": "{:,.1f} us",
+    "host_us": "host {:,.0f} us",
+    "step_ms": "{:,.2f} ms a step",
+    "p95_ms": "p95 {:,.2f} ms",
+    "images_per_s": "{:,.0f} img/s",
+    "tflop_per_s": "{:,.1f} TFLOP/s",
+    "gb_per_s": "{:,.0f} GB/s",
+    "peak_mib": "{:,.0f} MiB",
+    "first_step_s": "first step {:,.1f} s",
+    "loss": "loss {:.4f}",
+    "sdpa": "SDPA takes {}",
+    "wrong": "wrong: {}",
+    "error": "{}",
+}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write aside and rename: whoever reads, and whoever ends this process, finds the file before or the file after."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside(path).write_text(json.dumps(value, indent=1) + "\n")
+    put_in_place(path)
+
+
+def first_line(err: BaseException) -> str:
+    """An error's type and the first line of what it says, cut where it goes on for long."""
+    return ": ".join([type(err).__name__, *str(err).strip().splitlines()[:1]])[:MAX_ERROR]
+
+
+def figures(row: Row) -> str:
+    return ", ".join(form.format(row[name]) for name, form in FIGURES.items() if row.get(name) is not None)
+
+
+def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table, its columns aligned, so that it can be read in a terminal too."""
+    cells = [[cell.replace("|", "/") for cell in line] for line in (header, *lines)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    padded = ([f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)] for line in cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
