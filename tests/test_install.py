@@ -1,0 +1,95 @@
+"""What `pip install .` brings, in an environment without triton, DALI and deepspeed, as on a Mac."""
+
+import os
+import sys
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tiny import make_parts, write_config
+from waiting import finished
+
+ROOT = Path(__file__).parent.parent
+ABSENT = {"triton", "deepspeed"}  # of what fastbeit, and PyTorch for CUDA, ask for; DALI nobody asks for but [gpu]
+
+
+def needed(name: str, extras: frozenset[str], found: dict[str, frozenset[str]]) -> None:
+    """Add a distribution, and what it asks for, to `found`."""
+    name = canonicalize_name(name)
+    if name in ABSENT or (name in found and extras <= found[name]):
+        return
+    found[name] = extras | found.get(name, frozenset())
+    for text in distribution(name).requires or []:
+        asked = Requirement(text)
+        if asked.marker is None or any(asked.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            needed(asked.name, frozenset(asked.extras), found)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> Path:
+    """A folder of packages: the wheel as it is unpacked, and links to what it asks for."""
+    folder = tmp_path_factory.mktemp("clean")
+    finished([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], cwd=ROOT, check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(folder / "packages")
+    found: dict[str, frozenset[str]] = {}
+    needed("fastbeit", frozenset(), found)
+    for name in found.keys() - {"fastbeit"}:
+        for first in {file.parts[0] for file in distribution(name).files or []} - {"..", "__pycache__"}:
+            if not (folder / "packages" / first).exists():
+                (folder / "packages" / first).symlink_to(distribution(name).locate_file(first))
+    return folder / "packages"
+
+
+@pytest.fixture
+def python(clean):
+    """Runs Python with those packages alone."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def python(*args: object):
+        return finished([sys.executable, "-S", *map(str, args)], env={**kept, "PYTHONPATH": str(clean)}, cwd=clean)
+
+    return python
+
+
+def test_nothing_of_this_environment_is_seen(python, clean):
+    code = "import fastbeit, importlib.util as u; print(fastbeit.__file__, *map(u.find_spec, ['triton', 'deepspeed']))"
+    assert python("-c", code).stdout.split() == [str(clean / "fastbeit/__init__.py"), "None", "None"]
+    assert "No module named 'nvidia" in python("-c", "import nvidia.dali").stderr
+
+
+def test_the_command_says_what_it_does(python):
+    said = python("-m", "fastbeit", "--help")
+    assert said.returncode == 0 and "fastbeit pretrain CONFIG" in said.stdout, said.stderr
+    said = python("-m", "fastbeit", "pretrain", "--help")
+    assert said.returncode == 0 and "--engine.name" in said.stdout, said.stderr
+
+
+def test_the_kernels_serve_their_references_and_name_what_is_missing(python):
+    code = """if True:
+        import torch, fastbeit_kernels
+        from fastbeit_kernels.cross_entropy import cross_entropy
+        logits, labels = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
+        print(f"{cross_entropy(logits, labels)[0]:.4f}")
+        cross_entropy(logits, labels, backend="triton")
+    """
+    said = python("-c", code)
+    assert said.stdout == "1.3863\n" and "pip install 'triton>=3.6'" in said.stderr
+
+
+def test_a_cpu_pre_trains(python, tmp_path):
+    parts = [f"{key}={value}" for key, value in make_parts(tmp_path).items()]
+    command = "-m", "fastbeit", "pretrain", write_config(tmp_path / "tiny.yaml"), *parts, "optim.steps=2"
+    said = python(*command, f"out={tmp_path / 'run'}", "engine.name=single", "data.num_workers=1")
+    assert said.returncode == 0 and (tmp_path / "run/checkpoints/step-000002").exists(), said.stderr
+    for setting, wanted in (
+        ("kernels.backend=triton", "pip install 'triton>=3.6'"),
+        ("data.pipeline=dali", "pip install 'fastbeit[gpu]'"),
+    ):
+        said = python(*command, f"out={tmp_path / 'other'}", setting)
+        assert said.returncode == 2 and wanted in said.stderr and "Traceback" not in said.stderr, said.stderr
