@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,11 +18,10 @@ from benchmarks.first_hour.__main__ import QUESTIONS
 from benchmarks.gpu import GRACE_S, PARTS, ROOT, Part, run, run_all
 from benchmarks.results import figures, markdown, write_json
 from benchmarks.sdpa import NOT_TOLD, chosen_backend
+from waiting import PATIENCE_S, finished
 
-FOREVER = 600  # seconds; nothing here takes so long
 
-
-def fake(name: str, script: str, seconds: float = FOREVER, needs: tuple[str, ...] = ("json",)) -> Part:
+def fake(name: str, script: str, seconds: float = PATIENCE_S, needs: tuple[str, ...] = ("json",)) -> Part:
     """A part whose rows go to `sys.argv[1]`."""
     return Part(name, "does it?", seconds, needs, ("-c", "import json, os, signal, sys, time\n" + script, "{json}"))
 
@@ -40,7 +38,7 @@ def test_without_a_card_it_says_what_it_would_do(tmp_path: Path):
     command = [make, "gpu", f"PYTHON={sys.executable}"] if make else [sys.executable, "-m", "benchmarks.gpu"]
     paths = os.pathsep.join(filter(None, sys.path))
     env = os.environ | dict(CUDA_VISIBLE_DEVICES="", PYTHONPATH=paths)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=FOREVER, check=False)
+    done = finished(command, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
     assert "No CUDA device here, so nothing is run" in done.stdout
     for part in PARTS:
@@ -90,7 +88,7 @@ import {module}
 def test_parts_need_no_more_than_they_name(module: str, absent: tuple[str, ...]):
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     command = [sys.executable, "-c", BARE.format(module=module, absent=absent)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=FOREVER, check=False)
+    done = finished(command, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
 
 
@@ -134,8 +132,8 @@ def jump(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 
 
 def test_a_part_that_is_late_is_asked_to_end(jump: str, tmp_path: Path):
-    script = f"try:\n    {jump}    time.sleep({FOREVER})\nexcept KeyboardInterrupt:\n    print('so far')\n    {ROWS}"
-    found = run(fake("late", script), tmp_path, seconds=FOREVER, grace=60)
+    script = f"try:\n    {jump}    time.sleep({PATIENCE_S})\nexcept KeyboardInterrupt:\n    print('so far')\n    {ROWS}"
+    found = run(fake("late", script), tmp_path, seconds=PATIENCE_S, grace=60)
     assert found["status"] == "out of time" and found["last_line"] == "so far"
     assert found["found"]["rows"][0]["us"] == 1234.5
 
@@ -146,7 +144,7 @@ child = os.fork()
 if child:
     open(sys.argv[1] + ".child", "w").write(str(child))
     %s
-time.sleep({FOREVER})
+time.sleep({PATIENCE_S})
 """
 
 
@@ -159,7 +157,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_for_end(pid: int) -> bool:
-    for _ in range(FOREVER):
+    for _ in range(PATIENCE_S):
         if not is_alive(pid):
             return True
         time.sleep(0.1)
@@ -168,7 +166,7 @@ def wait_for_end(pid: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc who is alive")
 def test_a_part_that_is_deaf_is_ended_with_its_children(jump: str, tmp_path: Path):
-    found = run(fake("deaf", DEAF % jump.strip()), tmp_path, seconds=FOREVER, grace=0.2)
+    found = run(fake("deaf", DEAF % jump.strip()), tmp_path, seconds=PATIENCE_S, grace=0.2)
     assert found["status"] == "out of time" and found["exit_code"] == -9
     assert wait_for_end(int((tmp_path / "deaf.json.child").read_text()))
 
@@ -182,7 +180,7 @@ def test_an_interrupt_leaves_nobody_behind(jump: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(gpu.time, "sleep", sleep)
     monkeypatch.setattr(gpu.time, "monotonic", time.monotonic)
     with pytest.raises(KeyboardInterrupt):
-        run(fake("deaf", DEAF % jump.strip()), tmp_path, seconds=FOREVER)
+        run(fake("deaf", DEAF % jump.strip()), tmp_path, seconds=PATIENCE_S)
     assert wait_for_end(int((tmp_path / "deaf.json.child").read_text()))
 
 
