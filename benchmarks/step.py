@@ -26,12 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.card import cuda_laps, environment, host_laps
 from benchmarks.results import Row, figures, first_line, write_json
 from benchmarks.sdpa import SdpaChoices
-from fastbeit.config import Config
+from fastbeit.config.sections import Config
 from fastbeit.data.sampling import drop_path_keep
-from fastbeit.engine import World, make_engine
+from fastbeit.engine.protocol import World, make_engine
 from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import make_beit
-from fastbeit.optim import learning_rate, make_optimizer, set_learning_rate
+from fastbeit.train.optim import learning_rate, make_optimizer, set_learning_rate
 
 # kernels, compiled; what is least likely to fail comes first, what is least missed where time runs out comes last
 VARIANTS = ("reference", False), ("triton", False), ("triton", True), ("reference", True)

@@ -24,20 +24,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from benchmarks.card import cuda_clock, environment
-from benchmarks.kernels import medians
+from benchmarks.kernels.__main__ import medians
 from benchmarks.memory import PeakMemory
-from fastbeit.config import Config
-from fastbeit.engine import World, make_engine
+from fastbeit.config.sections import Config
+from fastbeit.data.demo_photos import gather_photos
+from fastbeit.engine.protocol import World, make_engine
 from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import make_beit
-from fastbeit.optim import make_optimizer
-from fastbeit.photos import gather_photos
-from fastbeit.tokenizer.cache import FORMAT, Card, Recipe, TokenCache, npy_header, view_path
+from fastbeit.tokenizer.cache.reader import FORMAT, Card, Recipe, TokenCache, npy_header, view_path
+from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.dvae import Architecture, DiscreteVAE, Encoder, to_mapped
 from fastbeit.tokenizer.fast import TOGETHER_ON_GPU, FastEncoder
 from fastbeit.tokenizer.precision import DTYPES, encoding_dtype, token_agreement
 from fastbeit.tokenizer.protocol import Tokenizer
-from fastbeit.tokenizer.weights import load_tokenizer
+from fastbeit.train.optim import make_optimizer
 
 VIEW, GRID = (112, 112), (14, 14)  # pixels and tokens of BEiT's token view
 MEMORY_BATCH = 128  # images of a rank, as the authors train

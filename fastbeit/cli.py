@@ -60,13 +60,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pretrain(args: list[str]) -> int:
-    from fastbeit.config import load_config
+    from fastbeit.config.sections import load_config
 
     if not args or {"-h", "--help"} & set(args):
         return _explain_config([arg for arg in args if arg not in ("-h", "--help")])
     config = load_config(args[0], _overrides(args[1:]))
 
-    from fastbeit.pretrain import pretrain
+    from fastbeit.jobs.pretrain import pretrain
 
     return pretrain(config, command=["fastbeit", "pretrain", *args])
 
@@ -88,16 +88,16 @@ def _tokenize(args: list[str]) -> int:
     options = parser.parse_args(args)
 
     if options.info:
-        from fastbeit.tokenizer.cache import open_cache
-        from fastbeit.tokenizer.cache_info import describe
+        from fastbeit.tokenizer.cache.info import describe
+        from fastbeit.tokenizer.cache.reader import open_cache
 
         print(describe(open_cache(options.info)))
         return DONE
     if not options.config:
         parser.error("CONFIG or --info DIR is wanted")
 
-    from fastbeit.config import load_config
-    from fastbeit.tokenize import tokenize
+    from fastbeit.config.sections import load_config
+    from fastbeit.jobs.tokenize import tokenize
 
     config = load_config(options.config, _overrides(options.settings))
     return tokenize(config, command=["fastbeit", "tokenize", *args])
@@ -105,7 +105,7 @@ def _tokenize(args: list[str]) -> int:
 
 def _explain_config(args: list[str]) -> int:
     """Every field with its default, or with the value that CONFIG gives it."""
-    from fastbeit.config import Config, configure, load_config
+    from fastbeit.config.sections import Config, configure, load_config
 
     print(
         "fastbeit pretrain CONFIG [key=value ...]\n\nThe keys, for example optim.lr=1e-3 data.image_size=[224,224]:\n"
@@ -156,7 +156,7 @@ def _index(args: list[str]) -> int:
     if len(options.source) > 1:
         parser.error(f"one SOURCE is wanted, got {len(options.source)}; put a pattern of files in quotes")
 
-    from fastbeit.data.scan import build_index
+    from fastbeit.data.index.scan import build_index
 
     summary = build_index(options.source[0], options.output)
     print(summary)
@@ -177,7 +177,7 @@ def _check_index(args: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes (a core each)")
     options = parser.parse_args(args)
 
-    from fastbeit.data.check import check_index
+    from fastbeit.jobs.check_index import check_index
 
     return check_index(options.index, max(1, options.workers))
 
@@ -200,7 +200,7 @@ def _import_tokenizer(args: list[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
     options = parser.parse_args(args[1:])
 
-    from fastbeit.tokenizer.released import import_tokenizer
+    from fastbeit.weights.tokenizers import import_tokenizer
 
     print(import_tokenizer(options.files, options.output))
     return DONE
@@ -214,7 +214,7 @@ def _fetch_tokenizer(args: list[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
     options = parser.parse_args(args[1:])
 
-    from fastbeit.tokenizer.fetch import fetch_tokenizer
+    from fastbeit.weights.download import fetch_tokenizer
 
     print(fetch_tokenizer(options.output))
     return DONE
@@ -229,9 +229,9 @@ def _train_tokenizer(args: list[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="`fastbeit tokenizer train --keys` lists them")
 
-    from fastbeit.config import configure
-    from fastbeit.tokenizer.recipe import TokenizerTrainConfig
-    from fastbeit.tokenizer.train import train_tokenizer
+    from fastbeit.config.sections import configure
+    from fastbeit.config.tokenizer import TokenizerTrainConfig
+    from fastbeit.jobs.train_tokenizer import train_tokenizer
 
     if "--keys" in args:
         return _explain_fields("fastbeit tokenizer train", configure(TokenizerTrainConfig, []))
@@ -253,8 +253,8 @@ def _data(args: list[str]) -> int:
     parser.add_argument("--images", type=int, default=8, metavar="N", help="rows of the sheet (8)")
     options, more = parser.parse_known_intermixed_args(args)
 
-    from fastbeit.config import load_config
-    from fastbeit.show import show
+    from fastbeit.config.sections import load_config
+    from fastbeit.jobs.show import show
 
     config = load_config(options.config, _overrides([*options.settings, *more]))
     print(show(config, options.output, options.images))
@@ -270,7 +270,7 @@ def _report(args: list[str]) -> int:
     parser.add_argument("--crops", type=int, default=1280, help="measured of held-out and of training images, each")
     options = parser.parse_args(args)
 
-    from fastbeit.report import verdict, write_report
+    from fastbeit.jobs.report import verdict, write_report
 
     page, figures = write_report(options.run, options.output, max(1, options.crops))
     print(f"{verdict(figures)}\nreport: {page}")
@@ -286,7 +286,7 @@ def _demo(args: list[str]) -> int:
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value", help="settings of pre-training")
     options = parser.parse_args(args)
 
-    from fastbeit.demo import run_demo
+    from fastbeit.jobs.demo import run_demo
 
     return run_demo(options.out, options.data, options.pretrain, [], ["fastbeit", "demo", *args])
 

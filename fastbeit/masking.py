@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbeit.config import MaskingConfig
+from fastbeit.config.sections import MaskingConfig
 from fastbeit_kernels.backend import Backend
 from fastbeit_kernels.block_masks import ATTEMPTS, block_masks, random_masks
 

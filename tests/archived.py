@@ -5,8 +5,8 @@ import tarfile
 import zipfile
 
 import photos
-from fastbeit.data.index import open_index
-from fastbeit.data.scan import build_index
+from fastbeit.data.index.reader import open_index
+from fastbeit.data.index.scan import build_index
 
 JPEGS = [photos.encoded(photos.small_photo(20 + number, 30)) for number in range(4)]
 

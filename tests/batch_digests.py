@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from fastbeit.config import DataConfig
-from fastbeit.data.index import open_index
-from fastbeit.data.pipeline import make_loader
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.index.reader import open_index
+from fastbeit.data.loader import make_loader
 
 BATCH_SIZE, SEED = 6, 7
 

@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from fastbeit.config import Config, load_config
-from fastbeit.tokenize import tokenize
+from fastbeit.config.sections import Config, load_config
+from fastbeit.jobs.tokenize import tokenize
 
 VIEWS = 3
 NUM_IMAGES = 12

@@ -10,8 +10,8 @@ import pytest
 
 from fastbeit.errors import CHECKPOINT_UNUSABLE
 from fastbeit.tokenizer.protocol import TokenizerError
-from fastbeit.tokenizer.released import read_released
-from fastbeit.tokenizer.torchfile import MAGIC, VERSION
+from fastbeit.weights.tokenizers import read_released
+from fastbeit.weights.torchfile import MAGIC, VERSION
 
 TEN_GB = 10 << 30
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers import BeitConfig, BeitForMaskedImageModeling
 
-from fastbeit.config import ModelConfig
+from fastbeit.config.sections import ModelConfig
 from fastbeit.model.vit import NORM_EPS
 
 # beginnings and parts of names, ours to theirs; the first that fits is replaced

@@ -8,12 +8,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from fastbeit.tokenizer.authors_vae import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder
 from fastbeit.tokenizer.codebook import (
     CodebookArchitecture,
     CodebookDecoder,
     CodebookEncoder,
 )
-from fastbeit.tokenizer.customized import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder
 from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder
 from tiny import photo_folder
 

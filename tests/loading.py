@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import photos
-from fastbeit.config import DataConfig
-from fastbeit.data.index import Index, open_index
-from fastbeit.data.pipeline import make_loader
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.index.reader import Index, open_index
+from fastbeit.data.index.scan import build_index
+from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import Batch
-from fastbeit.data.scan import build_index
 
 PIPELINES = ["torch", "pillow", "dali"]
 GOOD = photos.encoded(photos.small_photo(24, 32))

@@ -10,10 +10,10 @@ import pytest
 
 import photos
 from archived import JPEGS, classes_of, index_of, write_tar, zipped
-from fastbeit.data import archives
 from fastbeit.data.decode import BadImage
-from fastbeit.data.index import DataError
-from fastbeit.data.members import inflate
+from fastbeit.data.index import archives
+from fastbeit.data.index.members import inflate
+from fastbeit.data.index.reader import DataError
 
 LONG = "a" * 60 + "/" + "b" * 60 + "/" + "c" * 90 + ".jpg"
 
@@ -298,7 +298,7 @@ def test_a_zip_that_is_cut_short(tmp_path, cut):
 
 
 def test_inflating_stops_at_the_limit(monkeypatch):
-    monkeypatch.setattr("fastbeit.data.members.MAX_BYTES", 1000)
+    monkeypatch.setattr("fastbeit.data.index.members.MAX_BYTES", 1000)
     stream = zlib.compressobj(wbits=-15)
     packed = stream.compress(bytes(100_000)) + stream.flush()
     with pytest.raises(BadImage, match="too large: over 1000 bytes when inflated"):

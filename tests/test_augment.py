@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 import photos
-from fastbeit.config import ConfigError, configure
+from fastbeit.config.sections import ConfigError, configure
 from fastbeit.data.augment import (
     ERASE_TRIES,
     OPS,

@@ -2,14 +2,14 @@
 
 import json
 
-from fastbeit.config import DataConfig
-from fastbeit.data.index import open_index
-from fastbeit.data.pipeline import make_loader
-from fastbeit.data.scan import build_index
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.demo_photos import gather_photos
+from fastbeit.data.index.reader import open_index
+from fastbeit.data.index.scan import build_index
+from fastbeit.data.loader import make_loader
 from fastbeit.files import sha256
-from fastbeit.photos import gather_photos
+from fastbeit.tokenizer.disk import box_path, is_box, load_tokenizer
 from fastbeit.tokenizer.quality import measure_quality
-from fastbeit.tokenizer.weights import box_path, is_box, load_tokenizer
 
 
 def test_it_is_small_and_carries_its_card():

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import photos
-from fastbeit.data import check as checking
-from fastbeit.data.check import check_index
-from fastbeit.data.index import DataError
-from fastbeit.data.scan import build_index
+from fastbeit.data.index.reader import DataError
+from fastbeit.data.index.scan import build_index
 from fastbeit.errors import RunError
+from fastbeit.jobs import check_index as checking
+from fastbeit.jobs.check_index import check_index
 from waiting import PATIENCE_S, started
 
 GOOD = photos.encoded(photos.small_photo(24, 32))

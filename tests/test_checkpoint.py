@@ -4,7 +4,8 @@ import resource
 import pytest
 import torch
 
-from fastbeit.checkpoint import (
+from fastbeit.errors import RunError
+from fastbeit.train.checkpoint import (
     find_checkpoint,
     load_model,
     load_optimizer,
@@ -12,7 +13,6 @@ from fastbeit.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
-from fastbeit.errors import RunError
 
 MODEL = {"a.weight": torch.arange(6.0).view(2, 3), "index": torch.arange(4)}
 MOMENTS = {"exp_avg.a.weight": torch.ones(2, 3), "step.a.weight": torch.tensor(7.0)}

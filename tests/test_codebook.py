@@ -18,8 +18,8 @@ from fastbeit.tokenizer.codebook import (
     to_images,
     to_patches,
 )
+from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.protocol import TokenizerError
-from fastbeit.tokenizer.weights import load_tokenizer, save_tokenizer
 from kinds import CHW, HWC, photo, random_images, write_codebook
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastbeit.config import Config, ConfigError, load_config, save_config
+from fastbeit.config.sections import Config, ConfigError, load_config, save_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from fastbeit.config import EngineConfig
+from fastbeit.config.sections import EngineConfig
 from fastbeit.cores import num_cores
-from fastbeit.engine import start_world
+from fastbeit.engine.protocol import start_world
 from waiting import finished
 
 STARTS = "import fastbeit.cli; import torch"

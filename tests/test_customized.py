@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastbeit.tokenizer.customized import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder, CustomizedVAE
-from fastbeit.tokenizer.weights import load_tokenizer, save_tokenizer
+from fastbeit.tokenizer.authors_vae import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder, CustomizedVAE
+from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
 from kinds import SMALL, official_of, photo, random_images, transplanted
 
 

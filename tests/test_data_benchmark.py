@@ -11,12 +11,12 @@ from PIL import Image
 
 import photos
 import tiny
-from benchmarks import data as benchmark
-from benchmarks import official
-from benchmarks.contestants import CONTESTANTS, Player, Task, held_mib
-from fastbeit.data.index import open_index
+from benchmarks.data import __main__ as benchmark
+from benchmarks.data import official
+from benchmarks.data.contestants import CONTESTANTS, Player, Task, held_mib
+from fastbeit.data.index.reader import open_index
+from fastbeit.data.index.scan import build_index
 from fastbeit.data.sampling import draw_crops
-from fastbeit.data.scan import build_index
 
 
 def seeded(seed):

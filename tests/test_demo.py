@@ -10,9 +10,9 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from fastbeit.demo import run_demo
+from fastbeit.data.demo_photos import gather_photos
 from fastbeit.errors import RunError
-from fastbeit.photos import gather_photos
+from fastbeit.jobs.demo import run_demo
 from photos import mid_corrupt_jpeg
 from tiny import make_photos
 from waiting import PATIENCE_S, started, wait_until
@@ -103,7 +103,7 @@ def test_too_few_photos_are_an_error(tmp_path, num_photos, message):
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastbeit.photos.find_spec", lambda package: None)
+    monkeypatch.setattr("fastbeit.data.demo_photos.find_spec", lambda package: None)
     with pytest.raises(RunError, match=r"pip install 'fastbeit\[demo\]'.*--data DIR") as caught:
         gather_photos(tmp_path / "out", None)
     assert caught.value.exit_code == 66

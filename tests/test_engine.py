@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbeit.checkpoint import load_model, load_optimizer, resolve_checkpoint
+from fastbeit.train.checkpoint import load_model, load_optimizer, resolve_checkpoint
 from tiny import make_parts, write_config
 from waiting import finished
 

@@ -16,9 +16,9 @@ from dalle import TINY, official, official_tokens, random_images, save
 from fastbeit.cli import main
 from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, DATA_MISSING, RunError
 from fastbeit.files import sha256
-from fastbeit.tokenizer import fetch
-from fastbeit.tokenizer.fetch import RETRIES, fetch_tokenizer
-from fastbeit.tokenizer.weights import load_tokenizer
+from fastbeit.tokenizer.disk import load_tokenizer
+from fastbeit.weights import download as fetch
+from fastbeit.weights.download import RETRIES, fetch_tokenizer
 
 ENCODER, DECODER = fetch.FILES
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from fastbeit.data import handover
-from fastbeit.data.handover import Copier, on_device, one_ahead
+from fastbeit.data import to_device as handover
 from fastbeit.data.plans import Batch
+from fastbeit.data.to_device import Copier, on_device, one_ahead
 
 
 def batch(i, token_images=True):

@@ -15,13 +15,13 @@ from PIL.PngImagePlugin import PngImageFile
 from safetensors.numpy import load_file
 
 import photos
-from fastbeit.data import scan
-from fastbeit.data.archives import read_tar
 from fastbeit.data.decode import BadImage
-from fastbeit.data.index import COLUMNS, SHARDS, DataError, open_index
-from fastbeit.data.index_writer import Rows, write_index
-from fastbeit.data.scan import build_index
-from fastbeit.data.sources import Names, Source
+from fastbeit.data.index import scan
+from fastbeit.data.index.archives import read_tar
+from fastbeit.data.index.reader import COLUMNS, SHARDS, DataError, open_index
+from fastbeit.data.index.scan import build_index
+from fastbeit.data.index.sources import Names, Source
+from fastbeit.data.index.writer import Rows, write_index
 from fastbeit.errors import RunError
 
 
@@ -263,7 +263,7 @@ def test_a_shard_that_is_gone_or_has_changed(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_shards_are_kept_open_but_not_too_many(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastbeit.data.index.OPEN_SHARDS", 3)
+    monkeypatch.setattr("fastbeit.data.index.reader.OPEN_SHARDS", 3)
     _, index = build(in_shards(tmp_path / "data", 9), tmp_path)
     before = open_files(tmp_path)
     images = [index.read_bytes(i) for i in range(len(index))]

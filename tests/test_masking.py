@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastbeit import masking
-from fastbeit.config import MaskingConfig
+from fastbeit.config.sections import MaskingConfig
 from fastbeit.data.sampling import Purpose, uniform
 from fastbeit.masking import UNUSED, Masks, blockwise_mask, draw_masks, plan_prediction
 

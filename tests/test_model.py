@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbeit.config import MaskingConfig, ModelConfig
+from fastbeit.config.sections import MaskingConfig, ModelConfig
 from fastbeit.masking import UNUSED, Prediction, draw_masks, plan_prediction
 from fastbeit.model.beit import Beit
 from fastbeit.model.vit import (

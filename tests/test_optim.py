@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastbeit.config import Config, OptimConfig
+from fastbeit.config.sections import Config, OptimConfig
 from fastbeit.model.beit import make_beit
-from fastbeit.optim import (
+from fastbeit.train.optim import (
     clip_and_step,
     learning_rate,
     make_optimizer,

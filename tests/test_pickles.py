@@ -7,9 +7,9 @@ import tracemalloc
 
 import pytest
 
-from fastbeit.tokenizer.pickles import MAX_OPCODES
 from fastbeit.tokenizer.protocol import TokenizerError
-from fastbeit.tokenizer.released import read_released
+from fastbeit.weights.pickles import MAX_OPCODES
+from fastbeit.weights.tokenizers import read_released
 from hostile import TEN_GB, call, refused, text, wrapped
 
 

@@ -11,14 +11,14 @@ import psutil
 import pytest
 import torch
 
-import fastbeit.data.pipeline
+import fastbeit.data.loader
 import photos
-from fastbeit.config import ConfigError, DataConfig
+from fastbeit.config.sections import ConfigError, DataConfig
 from fastbeit.data.decode import BadImage, Checked, check, decode, decode_reference
-from fastbeit.data.index import DataError, open_index
-from fastbeit.data.pipeline import BadSamples, make_loader
+from fastbeit.data.index.reader import DataError, open_index
+from fastbeit.data.index.scan import build_index
+from fastbeit.data.loader import BadSamples, make_loader
 from fastbeit.data.plans import Plans, places_at, steps_per_epoch
-from fastbeit.data.scan import build_index
 from fastbeit.errors import RunError
 from loading import GOOD, PIPELINES, assert_same, batches, photo_index, psnr, small_index
 from waiting import PATIENCE_S, finished
@@ -112,13 +112,13 @@ def test_no_token_view(index):
 
 def test_a_signal_finds_no_worker_unprepared(index, monkeypatch):
     """A scheduler's SIGTERM may come when a worker has just been born: it must not die of it."""
-    begin = fastbeit.data.pipeline._begin_worker
+    begin = fastbeit.data.loader._begin_worker
 
     def begin_late(worker):
         os.kill(os.getpid(), signal.SIGTERM)
         begin(worker)
 
-    monkeypatch.setattr("fastbeit.data.pipeline._begin_worker", begin_late)
+    monkeypatch.setattr("fastbeit.data.loader._begin_worker", begin_late)
     assert len(batches(index, num_workers=1)) == 3
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
@@ -127,9 +127,9 @@ ENDLESS = """
 import sys
 from pathlib import Path
 import psutil
-from fastbeit.config import DataConfig
-from fastbeit.data.index import open_index
-from fastbeit.data.pipeline import make_loader
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.index.reader import open_index
+from fastbeit.data.loader import make_loader
 loader = make_loader(
     DataConfig(num_workers=2, image_size=(32, 32)), open_index(Path(sys.argv[1])), token_size=None, batch_size=2,
     seed=0, rank=0, world_size=1, first_step=0, num_steps=10**9,

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastbeit.pretrain
-from fastbeit.checkpoint import load_model, load_optimizer, resolve_checkpoint
-from fastbeit.config import load_config
-from fastbeit.data.scan import build_index
+import fastbeit.jobs.pretrain
+from fastbeit.config.sections import load_config
+from fastbeit.data.index.scan import build_index
 from fastbeit.errors import RunError
-from fastbeit.pretrain import pretrain
+from fastbeit.jobs.pretrain import pretrain
+from fastbeit.train.checkpoint import load_model, load_optimizer, resolve_checkpoint
 from fastbeit_kernels.backend import INTERPRETED
 from tiny import make_parts, make_photos, make_tokenizer, run, write_config
 from waiting import PATIENCE_S, started, wait_until
@@ -223,7 +223,7 @@ def test_a_file_gone_bad_is_replaced_counted_and_named(train, parts, tmp_path):
 
 
 def test_a_disk_that_vanishes_stops_the_run_with_a_checkpoint(train, tmp_path, monkeypatch):
-    photos, rate = make_photos(tmp_path / "photos"), fastbeit.pretrain.learning_rate
+    photos, rate = make_photos(tmp_path / "photos"), fastbeit.jobs.pretrain.learning_rate
     build_index(photos, tmp_path / "images.idx", progress=False)
     options = {"data.index": tmp_path / "images.idx", "optim__steps": 8}
     _, whole = train("whole", **options)
@@ -233,7 +233,7 @@ def test_a_disk_that_vanishes_stops_the_run_with_a_checkpoint(train, tmp_path, m
             photos.rename(tmp_path / "unmounted")
         return rate(step, *rest)
 
-    monkeypatch.setattr("fastbeit.pretrain.learning_rate", vanish)
+    monkeypatch.setattr("fastbeit.jobs.pretrain.learning_rate", vanish)
     with pytest.raises(RunError, match=r"photos' is gone, or not mounted; last checkpoint: .*step-000005$") as caught:
         train(**options)
     assert caught.value.exit_code == 66
@@ -247,7 +247,7 @@ def test_too_many_bad_files_stop_the_run_with_a_checkpoint(train, tmp_path, monk
     photos = make_photos(tmp_path / "photos")
     build_index(photos, tmp_path / "images.idx", progress=False)
     (photos / "03.jpg").write_bytes(b"")
-    monkeypatch.setattr("fastbeit.data.pipeline.bad_limit", lambda num_images: 0)
+    monkeypatch.setattr("fastbeit.data.loader.bad_limit", lambda num_images: 0)
     with pytest.raises(RunError, match=r"1 bad images, more than .*bad_samples.jsonl.*checkpoint: .*step") as caught:
         train(**{"data.index": tmp_path / "images.idx"}, optim__steps=50)
     assert caught.value.exit_code == 65

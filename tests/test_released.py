@@ -15,11 +15,11 @@ from dalle import FORMATS, TINY, official, official_tokens, random_images, rando
 from fastbeit.cli import main
 from fastbeit.errors import CHECKPOINT_UNUSABLE
 from fastbeit.files import sha256
-from fastbeit.tokenizer.customized import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder, CustomizedVAE
+from fastbeit.tokenizer.authors_vae import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder, CustomizedVAE
+from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.dvae import Architecture, DiscreteVAE
 from fastbeit.tokenizer.protocol import TokenizerError
-from fastbeit.tokenizer.released import import_tokenizer, read_released
-from fastbeit.tokenizer.weights import load_tokenizer
+from fastbeit.weights.tokenizers import import_tokenizer, read_released
 from hostile import refused
 
 NARROW = Architecture(n_hid=64, n_init=32, vocab_size=512)  # the narrowest that the dall-e package allows

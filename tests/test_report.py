@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastbeit.config import load_config
-from fastbeit.data.scan import build_index
+from fastbeit.config.sections import load_config
+from fastbeit.data.index.scan import build_index
 from fastbeit.errors import RunError
-from fastbeit.evaluate import unigram_baseline
-from fastbeit.pictures import GRAY, Look, entropy_map, hide, look_at, make_panels
-from fastbeit.pretrain import pretrain
-from fastbeit.report import verdict, write_report
+from fastbeit.evaluate.finished_run import Figures, open_run
+from fastbeit.evaluate.masked import unigram_baseline
+from fastbeit.evaluate.pictures import GRAY, Look, entropy_map, hide, look_at, make_panels
+from fastbeit.jobs.pretrain import pretrain
+from fastbeit.jobs.report import verdict, write_report
+from fastbeit.tokenizer.disk import save_tokenizer
 from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder
-from fastbeit.tokenizer.weights import save_tokenizer
-from fastbeit.trained import Figures, open_run
 from tiny import make_parts, make_photos, make_tokenizer, write_config
 
 

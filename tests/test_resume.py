@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from batch_digests import BATCH_SIZE, write_digests
-from fastbeit.data.scan import build_index
+from fastbeit.data.index.scan import build_index
 from tiny import make_parts, make_photos, photo_folder, write_config
 from waiting import PATIENCE_S, finished, started, wait_until
 
@@ -156,9 +156,9 @@ def test_ranks_stop_together_when_the_disk_vanishes(tmp_path):
 EPOCHS = """
 import json, os, sys
 from pathlib import Path
-from fastbeit.config import DataConfig
-from fastbeit.data.index import open_index
-from fastbeit.data.pipeline import make_loader
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.index.reader import open_index
+from fastbeit.data.loader import make_loader
 
 def memory_mb(pid):
     # of a process and its children; what several share counts once; without files, such as libraries, whose pages are

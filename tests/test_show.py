@@ -8,14 +8,14 @@ from PIL import Image
 
 import caches
 import tiny
-from fastbeit import show
 from fastbeit.cli import main
-from fastbeit.config import load_config
+from fastbeit.config.sections import load_config
 from fastbeit.data.decode import decode
-from fastbeit.data.index import open_index
-from fastbeit.data.pipeline import make_loader
+from fastbeit.data.index.reader import open_index
+from fastbeit.data.index.scan import build_index
+from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import Plans
-from fastbeit.data.scan import build_index
+from fastbeit.jobs import show
 from fastbeit.masking import draw_masks
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from archived import JPEGS, classes_of, index_of, write_tar, zipped
-from fastbeit.data import scan
-from fastbeit.data.index import DataError
+from fastbeit.data.index import scan
+from fastbeit.data.index.reader import DataError
 
 
 def shards(folder, count, per_shard=3):

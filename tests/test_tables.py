@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import photos
-from fastbeit.config import ConfigError
-from fastbeit.data import tables
+from fastbeit.config.sections import ConfigError
 from fastbeit.data.decode import BadImage
-from fastbeit.data.index import DataError, open_index
-from fastbeit.data.members import PLAIN, TABLE, Member
-from fastbeit.data.scan import build_index
-from fastbeit.data.tables import (
+from fastbeit.data.index import tables
+from fastbeit.data.index.members import PLAIN, TABLE, Member
+from fastbeit.data.index.reader import DataError, open_index
+from fastbeit.data.index.scan import build_index
+from fastbeit.data.index.tables import (
     class_names,
     find_tables,
     read_row,

@@ -9,8 +9,8 @@ from torch import nn
 from dalle import TINY, official_input, random_images, randomise
 from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, RunError
 from fastbeit.files import sha256
+from fastbeit.tokenizer.disk import TokenizerError, load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder, map_pixels, one_hot, unmap_pixels
-from fastbeit.tokenizer.weights import TokenizerError, load_tokenizer, save_tokenizer
 
 NARROW = Architecture(n_hid=64, n_init=32, vocab_size=512)  # the narrowest that the dall-e package allows
 

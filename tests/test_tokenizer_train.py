@@ -9,19 +9,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fastbeit.config import DataConfig
-from fastbeit.data.index import DataError, open_index
-from fastbeit.data.pipeline import make_loader
-from fastbeit.data.scan import build_index
+from fastbeit.config.sections import DataConfig
+from fastbeit.config.tokenizer import TokenizerTrainConfig
+from fastbeit.data.index.reader import DataError, open_index
+from fastbeit.data.index.scan import build_index
+from fastbeit.data.loader import make_loader
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, RunError
-from fastbeit.rundir import RunLog
+from fastbeit.jobs.train_tokenizer import step_generator, train_tokenizer
+from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder, one_hot, to_mapped
-from fastbeit.tokenizer.objective import DvaeTrainer, draw_words, follow, logit_laplace, usage_entropy
 from fastbeit.tokenizer.quality import WordUsage, measure_quality, word_usage
-from fastbeit.tokenizer.recipe import TokenizerTrainConfig
-from fastbeit.tokenizer.start import kmeans, nearest, solve_both_ends
-from fastbeit.tokenizer.train import step_generator, train_tokenizer
-from fastbeit.tokenizer.weights import load_tokenizer
+from fastbeit.tokenizer.training.kmeans_start import kmeans, nearest, solve_both_ends
+from fastbeit.tokenizer.training.objective import DvaeTrainer, draw_words, follow, logit_laplace, usage_entropy
+from fastbeit.train.rundir import RunLog
 from tiny import make_photos
 
 TINY = {"image_size": 32, "n_hid": 8, "n_init": 16, "vocab_size": 24, "batch_size": 8, "num_workers": 0, "log_every": 1}

@@ -15,7 +15,7 @@ from torch._utils import _rebuild_tensor_v2
 
 from dalle import FORMATS, TINY, official, save
 from fastbeit.tokenizer.dvae import Architecture, Encoder
-from fastbeit.tokenizer.torchfile import MAGIC, VERSION
+from fastbeit.weights.torchfile import MAGIC, VERSION
 from hostile import TEN_GB, refused, wrapped
 
 

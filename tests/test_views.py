@@ -6,14 +6,14 @@ import torch
 from PIL import Image
 
 import photos
-from fastbeit.config import DataConfig
+from fastbeit.config.sections import DataConfig
 from fastbeit.data.decode import Decoded, check, decode, decode_reduced, decode_reference, mean_grey
-from fastbeit.data.index import open_index
-from fastbeit.data.pipeline import make_token_loader
+from fastbeit.data.index.reader import open_index
+from fastbeit.data.index.scan import build_index
+from fastbeit.data.loader import make_token_loader
 from fastbeit.data.plans import Plans
-from fastbeit.data.scan import build_index
 from fastbeit.data.views import PLAN, Rule, jitter, pillow_views, reduction, torch_views
-from fastbeit.tokenizer.weights import load_tokenizer
+from fastbeit.tokenizer.disk import load_tokenizer
 from loading import PIPELINES, batches, photo_index, psnr
 
 

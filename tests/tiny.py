@@ -10,9 +10,9 @@ import torch
 import yaml
 from PIL import Image
 
-from fastbeit.data.scan import build_index
+from fastbeit.data.index.scan import build_index
+from fastbeit.tokenizer.disk import save_tokenizer
 from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder, to_mapped
-from fastbeit.tokenizer.weights import save_tokenizer
 from waiting import finished
 
 PHOTOS = "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastbeit.photos import HELD_OUT, TRAINING
+from fastbeit.data.demo_photos import HELD_OUT, TRAINING
 
 DEBIAN = "opencv-doc", "lomiri-wallpapers-16.04", "stellarium-data", "libjxl-testdata"
 NPM = """airplane-from-above locomotion-house-cat acanthus-mollis allium-oreophilum black-canyon dust-bowl-home
@@ -105,7 +105,7 @@ def one(folder: Path, pattern: str) -> Path:
 
 
 def packaged(names: dict) -> Iterator[Path]:
-    from fastbeit.photos import FOLDERS
+    from fastbeit.data.demo_photos import FOLDERS
 
     for package, files in names.items():
         spec = importlib.util.find_spec(package)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from fastbeit.config import DataConfig
-from fastbeit.data.index import open_index
-from fastbeit.data.pipeline import make_loader
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.index.reader import open_index
+from fastbeit.data.loader import make_loader
+from fastbeit.tokenizer.disk import BOX, load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder
 from fastbeit.tokenizer.quality import Quality, measure_quality
-from fastbeit.tokenizer.weights import BOX, load_tokenizer, save_tokenizer
 
 CROPS = 64, 100  # images a batch, batches
 SIZES = 64, 112  # of the crops: as it was trained, and as the token view of a 224 x 224 image

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.card import Clock, Work, cuda_clock, cuda_peak_mib
 from benchmarks.gate import first_fault
-from benchmarks.ops import Shapes
+from benchmarks.kernels.ops import Shapes
 from benchmarks.results import Row, first_line
 
 DTYPE = torch.bfloat16

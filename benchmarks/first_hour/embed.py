@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.first_hour.bench import DTYPE, Bench, Results, against, case
-from benchmarks.ops import masked_embed_op
+from benchmarks.kernels.ops import masked_embed_op
 from benchmarks.results import Row
 from fastbeit_kernels import masked_embed as me
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from pydantic import Field
 from torch import Tensor
 
-from fastbeit.config import Fraction, Section
+from fastbeit.config.sections import Fraction, Section
 from fastbeit.data.sampling import Purpose, uniform
 from fastbeit.data.views import Size
 from fastbeit_kernels.philox import philox

@@ -22,9 +22,9 @@ from nvidia.dali.pipeline import pipeline_def
 from torch import Tensor
 
 from fastbeit.data.decode import LUMA, Checked, check
-from fastbeit.data.handover import one_ahead
-from fastbeit.data.index import Index
+from fastbeit.data.index.reader import Index
 from fastbeit.data.plans import Batch, Drawn, Plans, TokenViews
+from fastbeit.data.to_device import one_ahead
 from fastbeit.data.views import BRIGHTNESS, SATURATION, Rule, Size
 from fastbeit.errors import RunError
 

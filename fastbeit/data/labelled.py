@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastbeit.config import ConfigError, DataConfig
+from fastbeit.config.sections import ConfigError, DataConfig
 from fastbeit.data.augment import AugmentConfig, draw_steps, fill_of, rand_augment
 from fastbeit.data.decode import MAX_PIXELS, BadImage, decode, decode_reference
-from fastbeit.data.index import DataError, Index
-from fastbeit.data.pipeline import CpuBatches, load_items
+from fastbeit.data.index.reader import DataError, Index
+from fastbeit.data.loader import CpuBatches, load_items
 from fastbeit.data.plans import Plans
 from fastbeit.data.views import Rule, Size
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbeit.config import ConfigError, DataConfig
+from fastbeit.config.sections import ConfigError, DataConfig
 from fastbeit.data.decode import BadImage
-from fastbeit.data.index import DataError, Index
+from fastbeit.data.index.reader import DataError, Index
 from fastbeit.data.sampling import draw_crops, draw_flips, draw_jitters, rows_at, view_of
 from fastbeit.data.views import PLAN, Size
 from fastbeit.errors import DATA_LIMIT, DATA_MISSING

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbeit.config import Config, ModelConfig
+from fastbeit.config.sections import Config, ModelConfig
 from fastbeit.masking import UNUSED
 from fastbeit.model.vit import NORM_EPS, Size, VisionTransformer, take
 from fastbeit_kernels.backend import Backend

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbeit.config import ModelConfig
+from fastbeit.config.sections import ModelConfig
 from fastbeit_kernels.backend import Backend
 from fastbeit_kernels.masked_embed import masked_embed, patchify
 

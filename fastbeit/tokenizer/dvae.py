@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastbeit.config import Count, Section
+from fastbeit.config.sections import Count, Section
 from fastbeit.tokenizer.fast import FastEncoder
 from fastbeit.tokenizer.protocol import Strided
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from caches import BAD_IMAGE, CHUNK_CROPS, configured, make
-from fastbeit.pretrain import pretrain
+from fastbeit.jobs.pretrain import pretrain
 from tiny import make_parts, write_config
 
 
@@ -24,7 +24,7 @@ def parts(tmp_path_factory) -> dict[str, str]:
 def small():
     """Chunks of few rows; one thread, since nets of this size only wait for a second one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastbeit.tokenizer.cache_writer.CHUNK_CROPS", CHUNK_CROPS)
+        patch.setattr("fastbeit.tokenizer.cache.writer.CHUNK_CROPS", CHUNK_CROPS)
         patch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))
         yield
 

@@ -11,16 +11,16 @@ import torch
 
 import photos
 from caches import BAD_IMAGE, NUM_IMAGES, VIEWS, configured, edit, facts, files, make
-from fastbeit.checkpoint import load_model, resolve_checkpoint
 from fastbeit.cli import main
-from fastbeit.config import DataConfig
-from fastbeit.data.index import DataError, open_index
-from fastbeit.data.pipeline import make_loader, make_token_loader
-from fastbeit.data.scan import build_index
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.index.reader import DataError, open_index
+from fastbeit.data.index.scan import build_index
+from fastbeit.data.loader import make_loader, make_token_loader
 from fastbeit.errors import RunError
-from fastbeit.tokenizer.cache import CacheError, npy_header, open_cache
-from fastbeit.tokenizer.cache_info import describe, take_census
-from fastbeit.tokenizer.weights import load_tokenizer
+from fastbeit.tokenizer.cache.info import describe, take_census
+from fastbeit.tokenizer.cache.reader import CacheError, npy_header, open_cache
+from fastbeit.tokenizer.disk import load_tokenizer
+from fastbeit.train.checkpoint import load_model, resolve_checkpoint
 from tiny import make_photos, make_tokenizer
 
 # ---- what is in it
@@ -105,7 +105,7 @@ def test_bad_images_are_marked_and_named(tokens):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_bad_images_end_the_job(parts, tmp_path, monkeypatch, num_workers):
-    monkeypatch.setattr("fastbeit.data.pipeline.bad_limit", lambda num_images: 0)
+    monkeypatch.setattr("fastbeit.data.loader.bad_limit", lambda num_images: 0)
     with pytest.raises(DataError, match=r"1 bad images, more than the 0 .*tokens/bad_samples\.jsonl") as caught:
         make(parts, tmp_path / "tokens", data__num_workers=num_workers)
     assert caught.value.exit_code == 65
@@ -132,7 +132,9 @@ def test_each_loss_is_that_of_tokens_made_on_the_fly(train, tokens, tmp_path, mo
     settings = {"optim__steps": 50, "log__save_every": 0}
     fly = train("fly", **settings)
     assert len(fly) == 50 and fly[-1]["bad_samples"] == 1
-    monkeypatch.setattr("fastbeit.tokens.load_run_tokenizer", lambda *_: pytest.fail("no tokenizer is wanted"))
+    monkeypatch.setattr(
+        "fastbeit.tokenizer.source.load_run_tokenizer", lambda *_: pytest.fail("no tokenizer is wanted")
+    )
     for num_workers in (0, 2):
         out = f"cached-{num_workers}"
         cached = train(out, **settings, **{"tokenizer.path": ""}, data__tokens=tokens, data__num_workers=num_workers)
@@ -166,7 +168,7 @@ def test_validation_asks_the_tokenizer(train, parts, tokens):
 def test_validation_by_another_tokenizer_is_refused_before_the_run_begins(train, parts, tokens, tmp_path, monkeypatch):
     """With no tokenizer named, validation would ask the one in the box."""
     box = load_tokenizer(make_tokenizer(tmp_path / "box", seed=1))
-    monkeypatch.setattr("fastbeit.tokens.load_tokenizer", lambda path, *_: box)
+    monkeypatch.setattr("fastbeit.tokenizer.source.load_tokenizer", lambda path, *_: box)
     settings = {"data__tokens": tokens, "tokenizer.path": "", "optim.steps": 1}
     with pytest.raises(RunError, match=r"tokenizer.path \(empty: the one in the box\) is .*data.val_index") as caught:
         train("run", **settings, **{"data.val_index": parts["data.index"]})
@@ -231,7 +233,7 @@ def test_the_command(parts, tokens, tmp_path, capsys, monkeypatch):
 
 
 def test_progress_is_said_where_no_terminal_looks_on(parts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastbeit.tokenize.SAY_EVERY_S", 0)
+    monkeypatch.setattr("fastbeit.jobs.tokenize.SAY_EVERY_S", 0)
     make(parts, tmp_path / "tokens")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from caches import COMMAND, configured, edit, files, make
-from fastbeit.config import ConfigError
-from fastbeit.data.index import open_index
-from fastbeit.data.scan import build_index
+from fastbeit.config.sections import ConfigError
+from fastbeit.data.index.reader import open_index
+from fastbeit.data.index.scan import build_index
 from fastbeit.errors import RunError
-from fastbeit.tokenize import tokenize
-from fastbeit.tokenizer.cache import CacheError, make_recipe
-from fastbeit.tokenizer.weights import load_tokenizer
+from fastbeit.jobs.tokenize import tokenize
+from fastbeit.tokenizer.cache.reader import CacheError, make_recipe
+from fastbeit.tokenizer.disk import load_tokenizer
 from tiny import make_photos, make_tokenizer
 
 DIFFERENT = {

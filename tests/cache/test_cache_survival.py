@@ -17,10 +17,10 @@ import pytest
 
 from caches import CHUNK_CROPS, NUM_IMAGES, VIEWS, facts, files, make
 from fastbeit.cli import main
-from fastbeit.data.scan import build_index
+from fastbeit.data.index.scan import build_index
 from fastbeit.errors import RunError
-from fastbeit.rundir import hold
-from fastbeit.tokenizer.cache import CacheError, open_cache
+from fastbeit.tokenizer.cache.reader import CacheError, open_cache
+from fastbeit.train.rundir import hold
 from tiny import make_photos
 from waiting import PATIENCE_S, wait_until
 
@@ -149,7 +149,7 @@ def many_tokens(many, tmp_path_factory) -> Path:
 
 # chunks of six crops, each with three syncs: on no machine are 120 of them over before a signal comes
 SMALL = f"""
-import os, sys, time, fastbeit.cli, fastbeit.tokenizer.cache_writer as writer
+import os, sys, time, fastbeit.cli, fastbeit.tokenizer.cache.writer as writer
 writer.CHUNK_CROPS, fsync = {CHUNK_CROPS}, os.fsync
 os.fsync = lambda file: (time.sleep(0.01), fsync(file))
 sys.exit(fastbeit.cli.main())
@@ -216,10 +216,10 @@ def test_a_signal_stops_and_says_how_to_go_on(many, many_tokens, tmp_path):
 
 def test_a_stop_does_not_wait_for_the_end_of_a_chunk(parts, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr("fastbeit.tokenizer.cache_writer.CHUNK_CROPS", 1000)
-        patch.setattr("fastbeit.tokenize.ENCODED_TOGETHER", 6)
+        patch.setattr("fastbeit.tokenizer.cache.writer.CHUNK_CROPS", 1000)
+        patch.setattr("fastbeit.jobs.tokenize.ENCODED_TOGETHER", 6)
         # the first progress that is said is that of two images
-        patch.setattr("fastbeit.tokenize.Progress.advance", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr("fastbeit.jobs.tokenize.Progress.advance", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert make(parts, tmp_path / "tokens") == 75
     assert "stopped, saved: 0 of 1 chunks (0%) are made" in capsys.readouterr().err
     with pytest.raises(CacheError, match="begun by another version"):

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.card import environment
-from benchmarks.compiled import Compiled
-from benchmarks.kernels import (
+from benchmarks.kernels.__main__ import (
     WARM_UP,
     Bench,
     faults,
@@ -26,9 +25,10 @@ from benchmarks.kernels import (
     print_rows,
     turns_of,
 )
-from benchmarks.moved import Moved
-from benchmarks.ops import Op, Shapes, cross_entropy_op, left_out, ops
-from benchmarks.predict import A100, H100, occupancy, predicted_us
+from benchmarks.kernels.compiled import Compiled
+from benchmarks.kernels.moved import Moved
+from benchmarks.kernels.ops import Op, Shapes, cross_entropy_op, left_out, ops
+from benchmarks.kernels.predict import A100, H100, occupancy, predicted_us
 from fastbeit_kernels.backend import INTERPRETED
 from waiting import finished
 
@@ -217,7 +217,7 @@ def test_predictions(tmp_path: Path):
 
 def test_who_cannot_take_part_is_named(monkeypatch: pytest.MonkeyPatch):
     for there in (True, False):
-        monkeypatch.setattr("benchmarks.ops.TORCH_HAS_IT", there)
+        monkeypatch.setattr("benchmarks.kernels.ops.TORCH_HAS_IT", there)
         (op,) = (op for op in ops(TINY) if op.name == "linear_cross_entropy")
         assert ("torch" in op.contestants) == there
         assert any("F.linear_cross_entropy" in line and torch.__version__ in line for line in left_out()) != there

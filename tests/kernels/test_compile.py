@@ -13,8 +13,8 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 
-from benchmarks.compiled import SHARED_LIMIT, TARGETS, Case, Compiled, compiled_for
-from benchmarks.production import cases
+from benchmarks.kernels.compiled import SHARED_LIMIT, TARGETS, Case, Compiled, compiled_for
+from benchmarks.kernels.launches import cases
 
 COLUMNS = ("kernel", "variant", "dtype", "target", *Compiled._fields)
 Row = tuple[Case, str, Compiled]

@@ -13,7 +13,7 @@ import torch
 from benchmarks.first_hour import __main__ as first_hour
 from benchmarks.first_hour import attention
 from benchmarks.first_hour.bench import Bench, case
-from benchmarks.ops import Shapes
+from benchmarks.kernels.ops import Shapes
 from benchmarks.results import Row
 from fastbeit_kernels.backend import INTERPRETED
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.traffic import Traffic
+from benchmarks.kernels.traffic import Traffic
 from fastbeit_kernels import masked_embed as module
 from fastbeit_kernels.backend import INTERPRETED
 from fastbeit_kernels.masked_embed import masked_embed, masked_embed_reference

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from benchmarks.moved import (
+from benchmarks.kernels.moved import (
     IMAGES,
     LONG_ROWS,
     ROWS,
@@ -14,8 +14,8 @@ from benchmarks.moved import (
     moved_by_linear_cross_entropy,
     moved_by_masked_embed,
 )
-from benchmarks.ops import DTYPE, Shapes
-from benchmarks.traffic import ONCE_BYTES, Bytes, Traffic
+from benchmarks.kernels.ops import DTYPE, Shapes
+from benchmarks.kernels.traffic import ONCE_BYTES, Bytes, Traffic
 from fastbeit_kernels.backend import INTERPRETED, tl, triton
 from fastbeit_kernels.cross_entropy import cross_entropy
 from fastbeit_kernels.masked_embed import product_tiles

@@ -1,0 +1,273 @@
+"""What images there are: a table of one row an image, memory-mapped (design D1).
+
+The file is a safetensors file; its tensors are the table's columns, n images in f files:
+
+    offset       int64  [n]  where in its file the image begins, in bytes: 0 for a plain file; of a TABLE: the row
+    size         int64  [n]  its length there, in bytes; of a TABLE: that of the image
+    member_ends  int64  [n]  end of each image's name in member_names; [0] for plain files
+    file_ends    int64  [f]  end of each file's name in file_names
+    file_sizes   int64  [f]  length of each file, in bytes; [0] for plain files, whose lengths are in `size`
+    file         int32  [n]  which file holds the image
+    label        int32  [n]  into `class_names`, -1: none
+    height       uint16 [n]  of the upright image, in pixels
+    width        uint16 [n]
+    packed       uint8  [n]  how the bytes are kept: PLAIN, DEFLATE or TABLE of `members`
+    member_names uint8  [.]  names of the images inside their files, in the bytes of the file system
+    file_names   uint8  [.]  names of the files, relative to the root or absolute
+
+The metadata hold the format version, the root, the class names (both JSON), how many successive rows lie together, the
+numbers of images and of files skipped, and the fingerprint, a sha256 of the columns. 10 M images of 30-letter names
+take 0.67 GB.
+"""
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastbeit.data.decode import MAX_SIDE, BadImage
+from fastbeit.data.index.members import DEFLATE, TABLE, inflate
+from fastbeit.errors import DATA_MISSING, RunError
+
+FORMAT = "fastbeit-index-2"
+COLUMNS = {
+    "offset": np.int64,
+    "size": np.int64,
+    "member_ends": np.int64,
+    "file_ends": np.int64,
+    "file_sizes": np.int64,
+    "file": np.int32,
+    "label": np.int32,
+    "height": np.uint16,
+    "width": np.uint16,
+    "packed": np.uint8,
+    "member_names": np.uint8,
+    "file_names": np.uint8,
+}
+ROW_COLUMNS = "offset", "size", "file", "label", "height", "width", "packed"  # one value an image
+OPEN_SHARDS = 64  # at most, in a process: far below the 1024 files that a process usually may open
+assert np.iinfo(np.uint16).max >= MAX_SIDE
+
+
+class DataError(RunError):
+    """The data cannot be used: missing (exit code 66) or too much of it bad (65)."""
+
+    def __init__(self, message: str, exit_code: int = DATA_MISSING) -> None:
+        super().__init__(message, exit_code)
+
+
+class Index:
+    """An index file, opened: columns are views of the mapped file, nothing is read before it is asked for.
+
+    `len` is the number of images; `offsets`, `sizes`, `heights`, `widths` and `labels` are [n] and read-only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        columns, metadata = _map_columns(path)
+        self.root = Path(metadata["root"])
+        self.class_names: list[str] = metadata["class_names"]
+        self.fingerprint: str = metadata["fingerprint"]
+        self.block_rows: int = metadata["block_rows"]  # successive rows that lie together: 1 for plain files
+        self.offsets, self.sizes = columns["offset"], columns["size"]
+        self.heights, self.widths = columns["height"], columns["width"]
+        self.labels = columns["label"]
+        self._columns, self._in_shards = columns, len(columns["file_sizes"]) > 0
+        self._root = os.fsencode(self.root)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __reduce__(self):
+        # a worker process maps the file itself
+        return Index, (self._path,)
+
+    def name(self, i: int) -> str:
+        """What to call image i: its path, or its shard's and its name in there."""
+        name = os.fsdecode(self._file_path(i))
+        return f"{name}: {os.fsdecode(self._name('member', i))}" if self._in_shards else name
+
+    def path(self, i: int) -> Path:
+        """The file that holds image i, alone or among others."""
+        return Path(os.fsdecode(self._file_path(i)))
+
+    def file_of(self, i: int) -> int:
+        """The number of that file."""
+        return int(self._columns["file"][i])
+
+    def read_bytes(self, i: int) -> bytes:
+        """The encoded image i.
+
+        Raises:
+            BadImage: this image alone cannot be read, or is not the one that was indexed.
+            DataError: the folder is gone, or the shard is, or has changed.
+        """
+        return self._read_member(i) if self._in_shards else self._read_file(i)
+
+    def _file_path(self, i: int) -> bytes:
+        return os.path.join(self._root, self._name("file", self.file_of(i)))
+
+    def _name(self, kind: str, number: int) -> bytes:
+        ends = self._columns[f"{kind}_ends"]
+        start = int(ends[number - 1]) if number else 0
+        return self._columns[f"{kind}_names"][start : int(ends[number])].tobytes()
+
+    def _read_file(self, i: int) -> bytes:
+        wanted = int(self.sizes[i])
+        try:
+            with open(self._file_path(i), "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                data = file.read(wanted)
+        except OSError as err:
+            if _is_gone(self._root):
+                raise DataError(f"the images' folder '{self.root}' is gone, or not mounted") from None
+            raise BadImage(f"unreadable: {err.strerror or err}") from None
+        return _expect(data, wanted, len(data) if size == wanted else size)
+
+    def _read_member(self, i: int) -> bytes:
+        wanted = int(self.sizes[i])
+        shard = SHARDS.get(self._file_path(i), int(self._columns["file_sizes"][self.file_of(i)]))
+        packed, offset = self._columns["packed"][i], int(self.offsets[i])
+        if packed == TABLE:
+            # as late as this: tables are of few users, and bring pyarrow
+            from fastbeit.data.index.tables import read_row
+
+            # it is opened anew, by its name
+            shard.check()
+            data = read_row(self.path(i), offset)
+            return _expect(data, wanted, len(data))
+        try:
+            data = os.pread(shard.descriptor, wanted, offset)
+        except OSError as err:
+            shard.check()
+            raise BadImage(f"unreadable: {err.strerror or err}") from None
+        if len(data) < wanted:
+            # cut while it is open
+            shard.check()
+        data = _expect(data, wanted, len(data))
+        return inflate(data) if packed == DEFLATE else data
+
+
+class Shard:
+    """An open file of several images; closed when the last thread lets go of it.
+
+    Raises:
+        DataError: it is gone, or has not `size` bytes.
+    """
+
+    def __init__(self, path: bytes, size: int) -> None:
+        self._path, self._size, self.descriptor = path, size, -1
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as err:
+            raise _lost(path, err) from None
+        self.check()
+
+    def __del__(self, close=os.close) -> None:
+        if self.descriptor >= 0:
+            close(self.descriptor)
+
+    def check(self) -> None:
+        try:
+            size = os.stat(self._path).st_size
+        except OSError as err:
+            raise _lost(self._path, err) from None
+        if size != self._size:
+            raise DataError(
+                f"'{os.fsdecode(self._path)}' has {size} bytes, and had {self._size} when it was indexed, so none "
+                "of its images can be trusted; put the old file back, or make the index again"
+            )
+
+
+class OpenShards:
+    """The shards that were read last, for all threads of a process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._shards: OrderedDict[tuple[bytes, int], Shard] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def get(self, path: bytes, size: int) -> Shard:
+        with self._lock:
+            shard = self._shards.get((path, size)) or Shard(path, size)
+            self._shards[path, size] = shard
+            self._shards.move_to_end((path, size))
+            while len(self._shards) > OPEN_SHARDS:
+                # who still reads it holds it open
+                self._shards.popitem(last=False)
+        return shard
+
+
+SHARDS = OpenShards()
+# a lock that another thread held during a fork would stay shut in the child
+os.register_at_fork(after_in_child=SHARDS.__init__)
+
+
+def open_index(path: Path) -> Index:
+    """Open an index that `build_index` wrote.
+
+    Raises:
+        DataError: there is no such file, it is none of ours, or it is cut short.
+    """
+    return Index(path)
+
+
+def _expect(data: bytes, wanted: int, size: int) -> bytes:
+    if not size:
+        raise BadImage("empty file")
+    if size != wanted:
+        raise BadImage(f"changed since it was indexed: {size} bytes, was {wanted}")
+    return data
+
+
+def _is_gone(root: bytes) -> bool:
+    try:
+        with os.scandir(root) as entries:
+            # where a disk was mounted an empty folder stays
+            return next(entries, None) is None
+    except OSError:
+        return True
+
+
+def _lost(path: bytes, err: OSError) -> DataError:
+    return DataError(
+        f"'{os.fsdecode(path)}', which holds images of the index, cannot be read: {err.strerror or err}; put it back, "
+        "mount its disk, or make the index again"
+    )
+
+
+def _map_columns(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The columns of an index file as views of the mapped file, and its metadata."""
+    try:
+        mapped = np.memmap(path, np.uint8, mode="r")
+    except FileNotFoundError:
+        raise DataError(f"no index '{path}'; make one: fastbeit index SOURCE -o {path}") from None
+    except (OSError, ValueError) as err:
+        raise DataError(f"index '{path}' cannot be read: {err}") from None
+    try:
+        start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+        header = json.loads(mapped[8:start].tobytes())
+        metadata = header["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise DataError(
+                f"index '{path}' has format {metadata['format']}, wanted {FORMAT}; make it again: fastbeit index"
+            )
+        columns = {}
+        for name, dtype in COLUMNS.items():
+            first, last = header[name]["data_offsets"]
+            columns[name] = np.ndarray(header[name]["shape"], dtype, mapped.data, start + first)
+            if columns[name].nbytes != last - first:
+                raise ValueError(f"column {name} has {last - first} bytes")
+        numbers = {name: int(metadata[name]) for name in ("num_images", "num_skipped", "block_rows")}
+        if {len(columns[name]) for name in ROW_COLUMNS} != {numbers["num_images"]}:
+            raise ValueError("its columns differ in length")
+        texts = {name: json.loads(metadata[name]) for name in ("root", "class_names")}
+    except (ValueError, KeyError, TypeError, OverflowError) as err:
+        raise DataError(f"'{path}' is no index, or is cut short ({err}); make it again: fastbeit index") from None
+    return columns, {**metadata, **numbers, **texts}

@@ -1,0 +1,118 @@
+"""A run that was trained: its newest checkpoint, opened, and what it knows of images that it has not seen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbeit.config.sections import Config, load_config
+from fastbeit.data.index.reader import Index, open_index
+from fastbeit.engine.protocol import World
+from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError
+from fastbeit.evaluate.masked import evaluate, token_histogram, unigram_baseline
+from fastbeit.model.beit import Beit, make_beit
+from fastbeit.tokenizer.disk import box_path, load_tokenizer
+from fastbeit.tokenizer.protocol import Tokenizer
+from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's newest checkpoint, ready to be asked."""
+
+    config: Config
+    world: World
+    checkpoint: Path
+    state: dict[str, Any]
+    model: Beit
+    tokenizer: Tokenizer | None
+    index: Index
+    val_index: Index | None
+
+    @property
+    def unseen(self) -> Index:
+        """Held-out images, or those of training where none were held out."""
+        return self.val_index or self.index
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Losses in nats a masked patch (tokens), or squared error (pixels); baselines are None for pixels."""
+
+    held_out: bool  # else all figures are of training images, in unseen crops
+    loss: float
+    accuracy: float
+    baseline: float | None  # knows how frequent words are in training, and sees nothing
+    own_baseline: float | None  # knows how frequent they are in these very images, and sees nothing
+    words_in_use: int | None
+    vocab_size: int | None
+    train_crops_loss: float
+    train_crops_accuracy: float
+    train_crops_baseline: float | None
+
+    @property
+    def gain(self) -> float | None:
+        """Nats below the baseline on held-out images."""
+        return None if self.baseline is None else self.baseline - self.loss
+
+    @property
+    def train_crops_gain(self) -> float | None:
+        return None if self.train_crops_baseline is None else self.train_crops_baseline - self.train_crops_loss
+
+
+def open_run(run: Path) -> Trained:
+    """Load the newest verified checkpoint of a run directory.
+
+    Raises:
+        RunError: no run (2), no checkpoint (78), or its images or tokenizer are gone (66) or others by now (78).
+    """
+    if not (run / "config.yaml").is_file():
+        raise RunError(f"'{run}' is no run directory: it has no config.yaml", USAGE)
+    checkpoint = resolve_checkpoint(run)
+    config, state = load_config(run / "config.yaml", []), load_state(checkpoint)
+    if config.objective == "tokens" and not Path(config.tokenizer.path).exists():
+        raise RunError(f"the run's tokenizer '{config.tokenizer.path}' is gone", DATA_MISSING)
+    world = World(rank=0, size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = load_tokenizer(config.tokenizer.path, world.device) if config.objective == "tokens" else None
+    if tokenizer and tokenizer.fingerprint != state["tokenizer"]:
+        raise RunError(
+            f"'{config.tokenizer.path or box_path()}' is not the tokenizer that the run was trained with",
+            CHECKPOINT_UNUSABLE,
+        )
+    model = make_beit(config, tokenizer.vocab_size if tokenizer else None)
+    model.load_state_dict(load_model(checkpoint))
+    return Trained(
+        config=config,
+        world=world,
+        checkpoint=checkpoint,
+        state=state,
+        model=model.to(world.device),
+        tokenizer=tokenizer,
+        index=open_index(Path(config.data.index)),
+        val_index=open_index(Path(config.data.val_index)) if config.data.val_index else None,
+    )
+
+
+def measure(run: Trained, num_crops: int) -> Figures:
+    """Loss on held-out images and on unseen crops of training images, beside what a model scores that sees nothing.
+
+    Args:
+        num_crops: looked at for each figure; with 1000 its error is some hundredths of a nat.
+    """
+    config, tokenizer, world = run.config, run.tokenizer, run.world
+    train = evaluate(config, run.model, tokenizer, run.index, world, num_crops)
+    val = evaluate(config, run.model, tokenizer, run.val_index, world, num_crops) if run.val_index else train
+    words = token_histogram(config, tokenizer, run.index, world, num_crops) if tokenizer else None
+    return Figures(
+        held_out=run.val_index is not None,
+        loss=val.loss,
+        accuracy=val.accuracy,
+        baseline=unigram_baseline(words, val.histogram) if words is not None else None,
+        own_baseline=unigram_baseline(val.histogram, val.histogram) if tokenizer else None,
+        words_in_use=val.words_in_use if tokenizer else None,
+        vocab_size=tokenizer.vocab_size if tokenizer else None,
+        train_crops_loss=train.loss,
+        train_crops_accuracy=train.accuracy,
+        train_crops_baseline=unigram_baseline(words, train.histogram) if words is not None else None,
+    )

@@ -1,0 +1,187 @@
+"""Tokens ahead of time, top to bottom:
+
+index -> all token views of an image -> visual tokens -> two bytes each, at the image's place in each view's file
+"""
+
+import contextlib
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fastbeit.config.sections import Config, ConfigError
+from fastbeit.data.index.reader import DataError, Index, open_index
+from fastbeit.data.loader import BadSamples, make_token_loader
+from fastbeit.data.plans import TokenViews
+from fastbeit.engine.protocol import World, start_world
+from fastbeit.errors import DATA_MISSING, DONE, PREEMPTED
+from fastbeit.tokenizer.cache.reader import BAD, BAD_SAMPLES, FORMAT, Card, how_far, make_recipe
+from fastbeit.tokenizer.cache.writer import CacheWriter, chunk_rows
+from fastbeit.tokenizer.disk import BOX_NOTE, is_box
+from fastbeit.tokenizer.precision import Chosen
+from fastbeit.tokenizer.protocol import Tokenizer
+from fastbeit.tokenizer.source import load_run_tokenizer
+from fastbeit.train.rundir import Stop, hold
+
+ENCODED_TOGETHER = 64  # crops: fills a GPU; on a CPU some ten seconds, after which it looks whether to stop
+SAY_EVERY_S = 10.0
+DEFAULT_FOLDER = "tokens"
+
+
+def tokenize(config: Config, command: list[str]) -> int:
+    """Write the tokens of `data.views` views of every image to `data.tokens`, or go on where an earlier job stopped.
+
+    Args:
+        command: what the user typed, said again where the job stops early.
+
+    Returns:
+        The exit code: done, or stopped and saved.
+
+    Raises:
+        RunError: bad config, data or tokenizer, or a directory that holds something else; the message says what to do.
+    """
+    if not config.data.views:
+        raise ConfigError("data.views=0 draws ever new crops, which cannot be kept; add data.views=K, for example 8")
+    if config.objective != "tokens":
+        raise ConfigError(f"objective={config.objective} predicts no tokens; set objective=tokens")
+    if not config.data.index:
+        raise ConfigError("data.index is not set; add data.index=PATH")
+    folder = Path(config.data.tokens or DEFAULT_FOLDER)
+    world = start_world(config.engine)
+    index = open_index(Path(config.data.index))
+    chosen = load_run_tokenizer(config, index, world.device)
+    card = Card(
+        format=FORMAT,
+        recipe=make_recipe(config, index, chosen.tokenizer),
+        precision=chosen.precision,
+        chunk_rows=chunk_rows(config.data.views),
+        command=shlex.join(command),
+    )
+    writer = CacheWriter(folder, card, world.rank)
+    with hold(folder, "data.tokens") if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
+        world.barrier()
+        return _tokenize(config, index, chosen, writer, world, stop)
+
+
+def _tokenize(config: Config, index: Index, chosen: Chosen, writer: CacheWriter, world: World, stop: Stop) -> int:
+    folder, recipe, tokenizer = writer.folder, writer.card.recipe, chosen.tokenizer
+    if world.rank == 0:
+        print(
+            f"{recipe.num_images:,} images x {recipe.views} views x {recipe.num_tokens} tokens: "
+            f"{writer.num_bytes:,} bytes in '{folder}'; {world.size} rank(s) on {world.device.type}",
+        )
+        print(chosen.line, *([BOX_NOTE] if is_box(tokenizer.fingerprint) else []), sep="\n", flush=True)
+    # rank 0 looks for all what is left to do: who looked later would find chunks of this very job
+    pending = world.gather(writer.begin() if world.rank == 0 else [])
+    mine = pending[world.rank :: world.size]
+    loader = make_token_loader(
+        config.data,
+        index,
+        token_size=recipe.token_size,
+        seed=config.seed,
+        rows=[writer.chunks[chunk] for chunk in mine],
+        together=max(1, ENCODED_TOGETHER // recipe.views),
+    )
+    bad_samples = BadSamples(folder / BAD_SAMPLES, len(index))
+    num_written = 0
+    with contextlib.closing(loader) as views, Progress(writer, pending, world) as progress:
+        if world.rank == 0:
+            bad_samples.add(writer.bad())
+        for turn in range(-(-len(pending) // world.size)):
+            # ---- a chunk on each rank; in the last turn some may have none -------------------------------------------
+            made = _encode(writer.chunks[mine[turn]], views, tokenizer, stop, progress) if turn < len(mine) else None
+            if made:
+                writer.write(mine[turn], *made)
+                num_written += 1
+            # ----------------------------------------------------------------------------------------------------------
+
+            bad = world.gather(made[1] if made else [])
+            if world.rank == 0:
+                bad_samples.add(bad)
+            if world.sum([stop.wanted])[0]:
+                break
+
+    is_whole = world.sum([num_written])[0] == len(pending)
+    if world.rank == 0 and is_whole:
+        _refuse_all_bad(bad_samples, len(index))
+        writer.finish()
+    world.barrier()
+    world.leave()
+    if world.rank == 0:
+        if is_whole:
+            print(f"tokens: {folder}{'' if pending else ' (were finished before)'}")
+        else:
+            print(f"stopped, saved: {how_far(folder)}", file=sys.stderr)
+    return DONE if is_whole else PREEMPTED
+
+
+def _encode(
+    rows: range, views: Iterator[TokenViews], tokenizer: Tokenizer, stop: Stop, progress: "Progress"
+) -> tuple[np.ndarray, list[tuple[int, str]]] | None:
+    """Tokens [rows, K, N] uint16 of a chunk, and its bad images; None when a stop is wanted before its end."""
+    parts, bad, done = [], [], rows.start
+    while done < rows.stop:
+        if stop.wanted:
+            return None
+        made = next(views)
+        crops = made.images.flatten(0, 1).split(ENCODED_TOGETHER)
+        tokens = torch.cat([tokenizer.encode(some) for some in crops]).unflatten(0, made.images.shape[:2])
+        part = tokens.cpu().numpy().astype(np.uint16)
+        part[[i - done for i, _ in made.bad]] = BAD
+        parts.append(part)
+        bad += made.bad
+        done = made.rows.stop
+        progress.advance(tokens.shape[0] * tokens.shape[1])
+    return np.concatenate(parts), bad
+
+
+def _refuse_all_bad(bad_samples: BadSamples, num_images: int) -> None:
+    if len(bad_samples) == num_images:
+        raise DataError(f"none of the {num_images} images is valid; see '{bad_samples.path}'", DATA_MISSING)
+
+
+class Progress:
+    """What rank 0 says for all: a bar with img/s and the time left, or a line now and then where no terminal looks on.
+
+    An image is a crop here, as in training. Ranks go side by side: what rank 0 does, each of them does.
+    """
+
+    def __init__(self, writer: CacheWriter, pending: list[int], world: World) -> None:
+        recipe = writer.card.recipe
+        self.num_ranks, self.speaks = world.size, world.rank == 0
+        self.total = recipe.num_images * recipe.views
+        self.first = self.total - sum(len(writer.chunks[chunk]) for chunk in pending) * recipe.views
+        self.done, self.began, self.said = self.first, time.perf_counter(), time.perf_counter()
+        self.bar = tqdm(
+            total=self.total,
+            initial=self.first,
+            unit="img",
+            dynamic_ncols=True,
+            disable=not (self.speaks and sys.stderr.isatty()),
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def advance(self, num_crops: int) -> None:
+        more = min(num_crops * self.num_ranks, self.total - self.done)
+        self.done += more
+        self.bar.update(more)
+        now = time.perf_counter()
+        if self.speaks and self.bar.disable and now - self.said > SAY_EVERY_S:
+            self.said = now
+            rate = (self.done - self.first) / (now - self.began)
+            left_s = (self.total - self.done) / rate
+            print(
+                f"{self.done:,}/{self.total:,} img  {rate:.1f} img/s  ETA {tqdm.format_interval(left_s)}",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,194 @@
+"""Makes a cache of tokens so that a kill at any moment, on any rank, costs the chunks in hand and nothing else.
+
+Each view's file has its whole size from the start. A chunk of rows is written into all of them and synced to disk; then
+its line goes into the journal of its rank. What no journal names is made again, with the same tokens. When all is
+there, the files get their names, and `tokens.json` comes last.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fastbeit.errors import CANNOT_WRITE, USAGE, RunError
+from fastbeit.files import aside, put_in_place, sha256
+from fastbeit.tokenizer.cache.reader import (
+    BAD_SAMPLES,
+    CARD,
+    PLAN,
+    CacheError,
+    Card,
+    check_view,
+    differences,
+    npy_header,
+    open_cache,
+    read_card,
+    read_journals,
+    view_path,
+)
+
+CHUNK_CROPS = 2048  # made together: some minutes of one CPU core at the most, and seldom enough synced for a GPU
+# without it NFS may write back a whole page, and with it undo what another node wrote beside
+SYNCED = os.O_DSYNC if sys.platform != "win32" else 0
+
+
+def chunk_rows(num_views: int) -> int:
+    return max(1, CHUNK_CROPS // num_views)
+
+
+class CacheWriter:
+    """One rank's hand in a cache; `begin` and `finish` are for rank 0 alone, which holds the directory."""
+
+    def __init__(self, folder: Path, card: Card, rank: int) -> None:
+        self.folder, self.card, self.rank = folder, card, rank
+        self.header = npy_header(card.recipe.num_images, card.recipe.num_tokens)
+        self.row_bytes = 2 * card.recipe.num_tokens
+        self.view_bytes = len(self.header) + card.recipe.num_images * self.row_bytes
+        self.num_bytes = self.view_bytes * card.recipe.views
+        self.chunks = [
+            range(start, min(start + card.chunk_rows, card.recipe.num_images))
+            for start in range(0, card.recipe.num_images, card.chunk_rows)
+        ]
+
+    def begin(self) -> list[int]:
+        """Make the files, or find those of an earlier job; gives the chunks that are still to be made.
+
+        Raises:
+            RunError: the directory holds something else, or tokens of another recipe (exit code 2); there is no room
+                (74) or no permission (73); a file is damaged (78).
+        """
+        if (self.folder / CARD).exists():
+            self._refuse_another(read_card(self.folder / CARD))
+            open_cache(self.folder)
+            self._tidy()
+            return []
+        if not (self.folder / PLAN).exists():
+            self._refuse_others_files()
+            self._make_files()
+            return list(range(len(self.chunks)))
+        plan = read_card(self.folder / PLAN)
+        self._refuse_another(plan)
+        if plan.chunk_rows != self.card.chunk_rows:
+            raise CacheError(f"'{self.folder}' was begun by another version; delete the directory and begin again")
+        for view in range(self.card.recipe.views):
+            check_view(self._part(view), self.header, self.view_bytes)
+        done = read_journals(self.folder)
+        return [chunk for chunk in range(len(self.chunks)) if chunk not in done]
+
+    def write(self, chunk: int, tokens: np.ndarray, bad: list[tuple[int, str]]) -> None:
+        """Put the tokens [rows, K, N] uint16 of a chunk on disk, then say so.
+
+        Raises:
+            RunError: the disk is full or not writable (exit code 74).
+        """
+        start = len(self.header) + self.chunks[chunk].start * self.row_bytes
+        try:
+            for view in range(self.card.recipe.views):
+                _write_at(self._part(view), start, np.ascontiguousarray(tokens[:, view]).data.cast("B"))
+            _append_line(self.folder / f"done-{self.rank:03}.jsonl", json.dumps({"chunk": chunk, "bad": bad}))
+        except OSError as err:
+            raise RunError(
+                f"tokens cannot be written to '{self.folder}': {err.strerror}; what is there stays: make room, and "
+                f"run the same command again: {self.card.command}",
+                CANNOT_WRITE,
+            ) from err
+
+    def bad(self) -> list[tuple[int, str]]:
+        """The images that could not be read, of the chunks written so far, in order."""
+        return sorted({entry for entries in read_journals(self.folder).values() for entry in entries})
+
+    def finish(self) -> None:
+        """Give the files their names; a second time, after a kill in the middle, it does the rest.
+
+        Raises:
+            RunError: the disk is full or not writable (exit code 74).
+        """
+        if (self.folder / CARD).exists():
+            return
+        bad = self.bad()
+        views = [view_path(self.folder, view) for view in range(self.card.recipe.views)]
+        try:
+            for path in views:
+                if aside(path).exists():
+                    put_in_place(path)
+            if bad:
+                lines = (json.dumps({"sample": sample, "reason": reason}) + "\n" for sample, reason in bad)
+                _write_whole(self.folder / BAD_SAMPLES, "".join(lines))
+            hashes = {path.name: sha256(path) for path in views}
+            card = self.card.model_copy(update={"num_bad": len(bad), "sha256": hashes})
+            _write_whole(self.folder / CARD, card.model_dump_json(indent=1) + "\n")
+            self._tidy()
+        except OSError as err:
+            raise RunError(f"tokens cannot be written to '{self.folder}': {err}", CANNOT_WRITE) from err
+
+    def _part(self, view: int) -> Path:
+        """Where a view is written; a kill while files got their names can have left it at its end."""
+        path = view_path(self.folder, view)
+        return path if path.exists() else aside(path)
+
+    def _make_files(self) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if self.num_bytes > free:
+            raise RunError(
+                f"tokens in '{self.folder}' want {self.num_bytes:,} bytes, and the disk has {free:,} free; take "
+                "another data.tokens, or fewer data.views",
+                CANNOT_WRITE,
+            )
+        try:
+            for view in range(self.card.recipe.views):
+                with aside(view_path(self.folder, view)).open("wb") as file:
+                    file.write(self.header)
+                    file.truncate(self.view_bytes)
+            _write_whole(self.folder / PLAN, self.card.model_dump_json(indent=1) + "\n")
+        except OSError as err:
+            raise RunError(f"tokens cannot be written to '{self.folder}': {err}", CANNOT_WRITE) from err
+
+    def _refuse_others_files(self) -> None:
+        # a kill before the plan was there leaves parts of ours
+        others = [path.name for path in self.folder.iterdir() if path.name != ".lock" and path.suffix != ".part"]
+        if others:
+            raise RunError(
+                f"data.tokens '{self.folder}' is not empty and holds no tokens, but {others[0]}; choose another "
+                "directory",
+                USAGE,
+            )
+
+    def _refuse_another(self, card: Card) -> None:
+        there, here = ({"precision": c.precision, **c.recipe.model_dump()} for c in (card, self.card))
+        changes = differences(there, here)
+        if changes:
+            raise RunError(
+                f"data.tokens '{self.folder}' holds tokens of another recipe: {changes}. Choose another directory, or "
+                "that recipe's settings",
+                USAGE,
+            )
+
+    def _tidy(self) -> None:
+        for path in [self.folder / PLAN, *self.folder.glob("done-*.jsonl")]:
+            path.unlink(missing_ok=True)
+
+
+def _write_at(path: Path, start: int, data: memoryview) -> None:
+    with open(path, "r+b", opener=lambda name, flags: os.open(name, flags | SYNCED)) as file:
+        file.seek(start)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _append_line(path: Path, line: str) -> None:
+    """After the line that a kill cut short there is a new one."""
+    with path.open("a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_whole(path: Path, text: str) -> None:
+    aside(path).write_text(text)
+    put_in_place(path)
