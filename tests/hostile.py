@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbeit.errors import CHECKPOINT_UNUSABLE
-from fastbeit.tokenizer.protocol import TokenizerError
+from fastbeit.errors import CHECKPOINT_UNUSABLE, TokenizerError
 from fastbeit.weights.tokenizers import read_released
 from fastbeit.weights.torchfile import MAGIC, VERSION
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastbeit.cli import main
-from fastbeit.errors import CHECKPOINT_UNUSABLE
+from fastbeit.errors import CHECKPOINT_UNUSABLE, TokenizerError
 from fastbeit.files import sha256
 from fastbeit.tokenizer import authors_vae as customized
 from fastbeit.tokenizer import codebook, fast, protocol
@@ -24,7 +24,7 @@ from fastbeit.tokenizer.codebook import (
 from fastbeit.tokenizer.disk import BOX_NOTE, KINDS, Kind, is_box, load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.dvae import DiscreteVAE
 from fastbeit.tokenizer.frozen import likeliest_words
-from fastbeit.tokenizer.protocol import Strided, Tokenizer, TokenizerError
+from fastbeit.tokenizer.protocol import Strided, Tokenizer
 from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
 from kinds import CHW, make_nets, random_images
 from tiny import make_photos, make_tokenizer, write_config

@@ -10,10 +10,9 @@ import pytest
 
 import photos
 from archived import JPEGS, classes_of, index_of, write_tar, zipped
-from fastbeit.data.decode import BadImage
 from fastbeit.data.index import archives
 from fastbeit.data.index.members import inflate
-from fastbeit.data.index.reader import DataError
+from fastbeit.errors import BadImage, DataError
 
 LONG = "a" * 60 + "/" + "b" * 60 + "/" + "c" * 90 + ".jpg"
 

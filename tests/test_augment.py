@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 import photos
-from fastbeit.config.sections import ConfigError, configure
+from fastbeit.config.sections import configure
 from fastbeit.data.augment import (
     ERASE_TRIES,
     OPS,
@@ -20,6 +20,7 @@ from fastbeit.data.augment import (
     rand_augment,
 )
 from fastbeit.data.sampling import Purpose, philox, uniform
+from fastbeit.errors import ConfigError
 from test_sampling import Replay, same_distribution
 
 FILL = 128, 120, 90

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 import photos
-from fastbeit.data.index.reader import DataError
 from fastbeit.data.index.scan import build_index
-from fastbeit.errors import RunError
+from fastbeit.errors import DataError, RunError
 from fastbeit.jobs import check_index as checking
 from fastbeit.jobs.check_index import check_index
 from waiting import PATIENCE_S, started

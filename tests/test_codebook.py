@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from sklearn.feature_extraction.image import extract_patches_2d
 
 from fastbeit.cli import main
-from fastbeit.errors import CHECKPOINT_UNUSABLE
+from fastbeit.errors import CHECKPOINT_UNUSABLE, TokenizerError
 from fastbeit.tokenizer.codebook import (
     CodebookArchitecture,
     CodebookTokenizer,
@@ -19,7 +19,6 @@ from fastbeit.tokenizer.codebook import (
     to_patches,
 )
 from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
-from fastbeit.tokenizer.protocol import TokenizerError
 from kinds import CHW, HWC, photo, random_images, write_codebook
 
 

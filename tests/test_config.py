@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastbeit.config.sections import Config, ConfigError, load_config, save_config
+from fastbeit.config.sections import Config, load_config, save_config
+from fastbeit.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 import photos
-from fastbeit.data.decode import BadImage, check, decode, decode_reduced, decode_reference, read_header
+from fastbeit.data.decode import check, decode, decode_reduced, decode_reference, read_header
+from fastbeit.errors import BadImage
 from formats import LOSSLESS, files, refused
 from waiting import finished
 

@@ -15,14 +15,13 @@ from PIL.PngImagePlugin import PngImageFile
 from safetensors.numpy import load_file
 
 import photos
-from fastbeit.data.decode import BadImage
 from fastbeit.data.index import scan
 from fastbeit.data.index.archives import read_tar
-from fastbeit.data.index.reader import COLUMNS, SHARDS, DataError, open_index
+from fastbeit.data.index.reader import COLUMNS, SHARDS, open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.index.sources import Names, Source
 from fastbeit.data.index.writer import Rows, write_index
-from fastbeit.errors import RunError
+from fastbeit.errors import BadImage, DataError, RunError
 
 
 def build(folder, tmp_path, name="images.idx"):

@@ -6,15 +6,16 @@ import torch
 from PIL import Image
 
 import photos
-from fastbeit.config.sections import ConfigError, DataConfig
+from fastbeit.config.sections import DataConfig
 from fastbeit.data import labelled
 from fastbeit.data.augment import AugmentConfig, draw_steps, fill_of, rand_augment
 from fastbeit.data.decode import decode_reference
-from fastbeit.data.index.reader import DataError, open_index
+from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.labelled import centre_crop, make_eval_loader, make_labelled_loader
 from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import Plans
+from fastbeit.errors import ConfigError, DataError
 
 NUM_IMAGES = 11  # in 3 classes: a prime, so that batches and ranks leave a rest
 SEED = 5

@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from fastbeit.tokenizer.protocol import TokenizerError
+from fastbeit.errors import TokenizerError
 from fastbeit.weights.pickles import MAX_OPCODES
 from fastbeit.weights.tokenizers import read_released
 from hostile import TEN_GB, call, refused, text, wrapped

@@ -13,13 +13,13 @@ import torch
 
 import fastbeit.data.loader
 import photos
-from fastbeit.config.sections import ConfigError, DataConfig
-from fastbeit.data.decode import BadImage, Checked, check, decode, decode_reference
-from fastbeit.data.index.reader import DataError, open_index
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.decode import Checked, check, decode, decode_reference
+from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import BadSamples, make_loader
 from fastbeit.data.plans import Plans, places_at, steps_per_epoch
-from fastbeit.errors import RunError
+from fastbeit.errors import BadImage, ConfigError, DataError, RunError
 from loading import GOOD, PIPELINES, assert_same, batches, photo_index, psnr, small_index
 from waiting import PATIENCE_S, finished
 

@@ -6,7 +6,7 @@ import pytest
 
 from archived import JPEGS, classes_of, index_of, write_tar, zipped
 from fastbeit.data.index import scan
-from fastbeit.data.index.reader import DataError
+from fastbeit.errors import DataError
 
 
 def shards(folder, count, per_shard=3):

@@ -11,11 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import photos
-from fastbeit.config.sections import ConfigError
-from fastbeit.data.decode import BadImage
 from fastbeit.data.index import tables
 from fastbeit.data.index.members import PLAIN, TABLE, Member
-from fastbeit.data.index.reader import DataError, open_index
+from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.index.tables import (
     class_names,
@@ -25,6 +23,7 @@ from fastbeit.data.index.tables import (
     row_groups,
     slow_row_groups,
 )
+from fastbeit.errors import BadImage, ConfigError, DataError
 
 NAMES = ["cat", "dog", "owl"]
 IMAGES = [photos.encoded(photos.small_photo(8 + i, 10), "PNG") for i in range(12)]

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from fastbeit.config.sections import DataConfig
 from fastbeit.config.tokenizer import TokenizerTrainConfig
-from fastbeit.data.index.reader import DataError, open_index
+from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
-from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, RunError
+from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, DataError, RunError
 from fastbeit.jobs.train_tokenizer import step_generator, train_tokenizer
 from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder, one_hot, to_mapped

@@ -10,17 +10,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from fastbeit.errors import USAGE, RunError
+from fastbeit.errors import ConfigError
 
 MAX_GRID = 32  # patches a side that `fastbeit_kernels.block_masks` holds in registers
 MAX_YAML_BYTES = 1 << 20  # a config is a page; what is larger is a mistake or an attack on the parser
-
-
-class ConfigError(RunError):
-    """The configuration cannot be run."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, USAGE)
 
 
 def _pair(value: Any) -> Any:

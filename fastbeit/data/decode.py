@@ -21,6 +21,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from fastbeit.errors import BadImage
+
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 16384
 FORMATS = "JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"
@@ -43,10 +45,6 @@ LUMA = np.array([0.299, 0.587, 0.114])  # grey of RGB, ITU-R 601, as Pillow's mo
 
 # Pillow warns of images that are far over our limit, and goes on; an error is caught below
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-
-
-class BadImage(Exception):
-    """The bytes are not an image that can be used; the message is the reason, without the path."""
 
 
 @dataclass(frozen=True)

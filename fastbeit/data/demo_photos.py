@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastbeit.data.decode import BadImage, decode, read_header
+from fastbeit.data.decode import decode, read_header
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
-from fastbeit.errors import DATA_MISSING, USAGE, RunError
+from fastbeit.errors import DATA_MISSING, USAGE, BadImage, RunError
 from fastbeit.files import aside
 
 FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "sporco": "data"}

@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastbeit.config.sections import ConfigError, DataConfig
+from fastbeit.config.sections import DataConfig
 from fastbeit.data.augment import AugmentConfig, draw_steps, fill_of, rand_augment
-from fastbeit.data.decode import MAX_PIXELS, BadImage, decode, decode_reference
-from fastbeit.data.index.reader import DataError, Index
+from fastbeit.data.decode import MAX_PIXELS, decode, decode_reference
+from fastbeit.data.index.reader import Index
 from fastbeit.data.loader import CpuBatches, load_items
 from fastbeit.data.plans import Plans
 from fastbeit.data.views import Rule, Size
+from fastbeit.errors import BadImage, ConfigError, DataError
 
 CROP_SHARE = 224 / 256  # of the resized image's side
 LARGE = 384  # from this size on, the crop takes the whole shorter side

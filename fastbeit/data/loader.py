@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastbeit.config.sections import ConfigError, DataConfig
+from fastbeit.config.sections import DataConfig
 from fastbeit.cores import num_cores
 from fastbeit.data.decode import decode_reduced, decode_reference
-from fastbeit.data.index.reader import DataError, Index
+from fastbeit.data.index.reader import Index
 from fastbeit.data.plans import Batch, Drawn, Plans, TokenViews, bad_limit
 from fastbeit.data.views import Rule, Size, pillow_views, torch_views
-from fastbeit.errors import DATA_LIMIT
+from fastbeit.errors import DATA_LIMIT, ConfigError, DataError
 
 
 def make_loader(

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbeit.config.sections import ConfigError, DataConfig
-from fastbeit.data.decode import BadImage
-from fastbeit.data.index.reader import DataError, Index
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.index.reader import Index
 from fastbeit.data.sampling import draw_crops, draw_flips, draw_jitters, rows_at, view_of
 from fastbeit.data.views import PLAN, Size
-from fastbeit.errors import DATA_LIMIT, DATA_MISSING
+from fastbeit.errors import DATA_LIMIT, DATA_MISSING, BadImage, ConfigError, DataError
 
 T = TypeVar("T")
 

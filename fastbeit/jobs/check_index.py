@@ -9,10 +9,10 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fastbeit.data.decode import BadImage, decode
+from fastbeit.data.decode import decode
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import load_items
-from fastbeit.errors import CANNOT_CREATE, DATA_LIMIT, DONE, RunError
+from fastbeit.errors import CANNOT_CREATE, DATA_LIMIT, DONE, BadImage, RunError
 from fastbeit.files import aside, put_in_place
 from fastbeit.train.rundir import Stop
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 import fastbeit
-from fastbeit.config.sections import Config, ConfigError
-from fastbeit.data.index.reader import DataError, Index, open_index
+from fastbeit.config.sections import Config
+from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import BadSamples, make_loader
 from fastbeit.data.plans import Batch, steps_per_epoch
 from fastbeit.data.sampling import drop_path_keep
 from fastbeit.data.to_device import on_device
 from fastbeit.engine.protocol import World, make_engine, start_world
-from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, DONE, PREEMPTED, RunError
+from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, DONE, PREEMPTED, ConfigError, DataError, RunError
 from fastbeit.evaluate.masked import evaluate
 from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import Beit, make_beit

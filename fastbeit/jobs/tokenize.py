@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastbeit.config.sections import Config, ConfigError
-from fastbeit.data.index.reader import DataError, Index, open_index
+from fastbeit.config.sections import Config
+from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import BadSamples, make_token_loader
 from fastbeit.data.plans import TokenViews
 from fastbeit.engine.protocol import World, start_world
-from fastbeit.errors import DATA_MISSING, DONE, PREEMPTED
+from fastbeit.errors import DATA_MISSING, DONE, PREEMPTED, ConfigError, DataError
 from fastbeit.tokenizer.cache.reader import BAD, BAD_SAMPLES, FORMAT, Card, how_far, make_recipe
 from fastbeit.tokenizer.cache.writer import CacheWriter, chunk_rows
 from fastbeit.tokenizer.disk import BOX_NOTE, is_box

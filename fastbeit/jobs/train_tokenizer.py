@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastbeit.config.tokenizer import TokenizerTrainConfig
-from fastbeit.data.index.reader import DataError, Index, open_index
+from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import BadSamples, Batch, make_loader
-from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, RunError
+from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, DataError, RunError
 from fastbeit.tokenizer.disk import save_tokenizer
 from fastbeit.tokenizer.dvae import DiscreteVAE
 from fastbeit.tokenizer.quality import Quality, WordUsage, measure_quality

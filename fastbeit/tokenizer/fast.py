@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbeit.errors import TokenizerError
 from fastbeit.tokenizer.frozen import likeliest_words
-from fastbeit.tokenizer.protocol import TokenizerError
 
 if TYPE_CHECKING:
     from fastbeit.tokenizer.dvae import Encoder

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbeit.tokenizer.protocol import Tokenizer, TokenizerError
+from fastbeit.errors import TokenizerError
+from fastbeit.tokenizer.protocol import Tokenizer
 
 MIN_AGREEMENT = 0.99
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -28,15 +28,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastbeit.errors import CHECKPOINT_UNUSABLE, RunError
-
-
-class TokenizerError(RunError):
-    """The files of a tokenizer cannot be used: exit code 78."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, CHECKPOINT_UNUSABLE)
-
 
 class Tokenizer(Protocol):
     """Frozen, and a function of the image alone: the same image has the same tokens in any batch, on any day.

@@ -15,9 +15,8 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from fastbeit import __version__
-from fastbeit.errors import CANNOT_WRITE, DATA_MISSING, RunError
+from fastbeit.errors import CANNOT_WRITE, DATA_MISSING, RunError, TokenizerError
 from fastbeit.files import sha256, sync
-from fastbeit.tokenizer.protocol import TokenizerError
 from fastbeit.weights.tokenizers import import_tokenizer, read_released
 
 SOURCE = "https://cdn.openai.com/dall-e"

@@ -13,12 +13,12 @@ import photos
 from caches import BAD_IMAGE, NUM_IMAGES, VIEWS, configured, edit, facts, files, make
 from fastbeit.cli import main
 from fastbeit.config.sections import DataConfig
-from fastbeit.data.index.reader import DataError, open_index
+from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader, make_token_loader
-from fastbeit.errors import RunError
+from fastbeit.errors import CacheError, DataError, RunError
 from fastbeit.tokenizer.cache.info import describe, take_census
-from fastbeit.tokenizer.cache.reader import CacheError, npy_header, open_cache
+from fastbeit.tokenizer.cache.reader import npy_header, open_cache
 from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.train.checkpoint import load_model, resolve_checkpoint
 from tiny import make_photos, make_tokenizer

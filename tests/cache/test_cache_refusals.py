@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from caches import COMMAND, configured, edit, files, make
-from fastbeit.config.sections import ConfigError
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
-from fastbeit.errors import RunError
+from fastbeit.errors import CacheError, ConfigError, RunError
 from fastbeit.jobs.tokenize import tokenize
-from fastbeit.tokenizer.cache.reader import CacheError, make_recipe
+from fastbeit.tokenizer.cache.reader import make_recipe
 from fastbeit.tokenizer.disk import load_tokenizer
 from tiny import make_photos, make_tokenizer
 

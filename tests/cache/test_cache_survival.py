@@ -18,8 +18,8 @@ import pytest
 from caches import CHUNK_CROPS, NUM_IMAGES, VIEWS, facts, files, make
 from fastbeit.cli import main
 from fastbeit.data.index.scan import build_index
-from fastbeit.errors import RunError
-from fastbeit.tokenizer.cache.reader import CacheError, open_cache
+from fastbeit.errors import CacheError, RunError
+from fastbeit.tokenizer.cache.reader import open_cache
 from fastbeit.train.rundir import hold
 from tiny import make_photos
 from waiting import PATIENCE_S, wait_until

@@ -5,7 +5,8 @@ import os
 import zlib
 from dataclasses import dataclass
 
-from fastbeit.data.decode import MAX_PIXELS, BadImage
+from fastbeit.data.decode import MAX_PIXELS
+from fastbeit.errors import BadImage
 
 # how the bytes of an image are kept
 PLAIN = 0  # as they are

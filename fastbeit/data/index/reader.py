@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from fastbeit.data.decode import MAX_SIDE, BadImage
+from fastbeit.data.decode import MAX_SIDE
 from fastbeit.data.index.members import DEFLATE, TABLE, inflate
-from fastbeit.errors import DATA_MISSING, RunError
+from fastbeit.errors import BadImage, DataError
 
 FORMAT = "fastbeit-index-2"
 COLUMNS = {
@@ -51,13 +51,6 @@ COLUMNS = {
 ROW_COLUMNS = "offset", "size", "file", "label", "height", "width", "packed"  # one value an image
 OPEN_SHARDS = 64  # at most, in a process: far below the 1024 files that a process usually may open
 assert np.iinfo(np.uint16).max >= MAX_SIDE
-
-
-class DataError(RunError):
-    """The data cannot be used: missing (exit code 66) or too much of it bad (65)."""
-
-    def __init__(self, message: str, exit_code: int = DATA_MISSING) -> None:
-        super().__init__(message, exit_code)
 
 
 class Index:

@@ -24,13 +24,12 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from fastbeit.data.decode import BadImage, check, check_end, read_header
+from fastbeit.data.decode import check, check_end, read_header
 from fastbeit.data.index import tables
 from fastbeit.data.index.members import MAX_BYTES, PLAIN, TABLE, Member, Reason, Window, inflate
-from fastbeit.data.index.reader import DataError
 from fastbeit.data.index.sources import Source, open_source
 from fastbeit.data.index.writer import Rows, write_index
-from fastbeit.errors import CANNOT_CREATE, RunError
+from fastbeit.errors import CANNOT_CREATE, BadImage, DataError, RunError
 from fastbeit.files import aside
 
 THREADS = 16  # headers are read one small piece a file: the storage's latency is what is waited for

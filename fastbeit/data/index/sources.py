@@ -26,7 +26,7 @@ import numpy as np
 from fastbeit.data.index import tables
 from fastbeit.data.index.archives import IMAGE_SUFFIXES, label_of, read_tar, read_zip
 from fastbeit.data.index.members import Member, Reason
-from fastbeit.data.index.reader import DataError
+from fastbeit.errors import DataError
 
 WANTED = (
     "a folder of images, archives (.tar, .zip, 'shards-*.tar', 'shards-{000..099}.tar'), tables (Parquet, a folder of "

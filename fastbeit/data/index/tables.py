@@ -23,11 +23,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fastbeit.config.sections import ConfigError
-from fastbeit.data.decode import BadImage
 from fastbeit.data.index.members import PLAIN, TABLE, Member, Reason
-from fastbeit.data.index.reader import DataError
 from fastbeit.data.sampling import WINDOW_BLOCKS
+from fastbeit.errors import BadImage, ConfigError, DataError
 
 SUFFIXES = ".parquet", ".arrow"
 IMAGE_NAMES = "image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content"

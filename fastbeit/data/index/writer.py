@@ -10,8 +10,9 @@ import numpy as np
 
 from fastbeit.data.index.archives import MAX_CLASSES
 from fastbeit.data.index.members import Member
-from fastbeit.data.index.reader import COLUMNS, FORMAT, ROW_COLUMNS, DataError
+from fastbeit.data.index.reader import COLUMNS, FORMAT, ROW_COLUMNS
 from fastbeit.data.index.sources import Names, Source
+from fastbeit.errors import DataError
 from fastbeit.files import aside, put_in_place
 
 DTYPES = {np.dtype(np.int64): "I64", np.dtype(np.int32): "I32", np.dtype(np.uint16): "U16", np.dtype(np.uint8): "U8"}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastbeit.tokenizer.cache.reader import BAD, CacheError, TokenCache, npy_header, view_path
+from fastbeit.errors import CacheError
+from fastbeit.tokenizer.cache.reader import BAD, TokenCache, npy_header, view_path
 
 ROWS_AT_ONCE = 1 << 14
 TOP_WORDS = 10

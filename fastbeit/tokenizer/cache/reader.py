@@ -26,20 +26,13 @@ from torch import Tensor
 
 from fastbeit.config.sections import Config, Count, Fraction, Positive, Section, Size
 from fastbeit.data.index.reader import Index
-from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError
+from fastbeit.errors import DATA_MISSING, USAGE, CacheError, RunError
 from fastbeit.tokenizer.protocol import Tokenizer
 
 CARD, PLAN, BAD_SAMPLES = "tokens.json", "plan.json", "bad_samples.jsonl"
 FORMAT = 2
 BAD = np.iinfo(np.uint16).max  # in place of each token of an image that could not be read
 MAX_VOCAB = BAD  # words 0 to BAD - 1
-
-
-class CacheError(RunError):
-    """A cache of tokens cannot be used: damaged or not finished (exit code 78), or not there (66)."""
-
-    def __init__(self, message: str, exit_code: int = CHECKPOINT_UNUSABLE) -> None:
-        super().__init__(message, exit_code)
 
 
 class Recipe(Section):

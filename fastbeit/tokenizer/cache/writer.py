@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbeit.errors import CANNOT_WRITE, USAGE, RunError
+from fastbeit.errors import CANNOT_WRITE, USAGE, CacheError, RunError
 from fastbeit.files import aside, put_in_place, sha256
 from fastbeit.tokenizer.cache.reader import (
     BAD_SAMPLES,
     CARD,
     PLAN,
-    CacheError,
     Card,
     check_view,
     differences,
