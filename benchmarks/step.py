@@ -26,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.card import cuda_laps, environment, host_laps
 from benchmarks.results import Row, figures, first_line, write_json
 from benchmarks.sdpa import SdpaChoices
-from fastbeit.config.sections import Config
+from fastbeit.config.pretrain import Config
 from fastbeit.data.sampling import drop_path_keep
-from fastbeit.engine.protocol import World, make_engine
+from fastbeit.engine.protocol import make_engine
+from fastbeit.engine.ranks import World
 from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import make_beit
 from fastbeit.train.optim import learning_rate, make_optimizer, set_learning_rate

@@ -26,15 +26,17 @@ from torch import Tensor
 from benchmarks.card import cuda_clock, environment
 from benchmarks.kernels.__main__ import medians
 from benchmarks.memory import PeakMemory
-from fastbeit.config.sections import Config
+from fastbeit.config.pretrain import Config
+from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.demo_photos import gather_photos
-from fastbeit.engine.protocol import World, make_engine
+from fastbeit.engine.protocol import make_engine
+from fastbeit.engine.ranks import World
 from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import make_beit
 from fastbeit.tokenizer.cache.reader import FORMAT, Card, Recipe, TokenCache, npy_header, view_path
 from fastbeit.tokenizer.disk import load_tokenizer
-from fastbeit.tokenizer.dvae import Architecture, DiscreteVAE, Encoder, to_mapped
-from fastbeit.tokenizer.fast import TOGETHER_ON_GPU, FastEncoder
+from fastbeit.tokenizer.dvae import Encoder, to_mapped
+from fastbeit.tokenizer.fast import TOGETHER_ON_GPU, DiscreteVAE, FastEncoder
 from fastbeit.tokenizer.precision import DTYPES, encoding_dtype, token_agreement
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.train.optim import make_optimizer

@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fastbeit import __version__
+from fastbeit.config.read import _explain_config, _explain_fields, _overrides
 from fastbeit.cores import num_cores
 from fastbeit.errors import DONE, USAGE, RunError
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pretrain(args: list[str]) -> int:
-    from fastbeit.config.sections import load_config
+    from fastbeit.config.read import load_config
 
     if not args or {"-h", "--help"} & set(args):
         return _explain_config([arg for arg in args if arg not in ("-h", "--help")])
@@ -96,42 +96,11 @@ def _tokenize(args: list[str]) -> int:
     if not options.config:
         parser.error("CONFIG or --info DIR is wanted")
 
-    from fastbeit.config.sections import load_config
+    from fastbeit.config.read import load_config
     from fastbeit.jobs.tokenize import tokenize
 
     config = load_config(options.config, _overrides(options.settings))
     return tokenize(config, command=["fastbeit", "tokenize", *args])
-
-
-def _explain_config(args: list[str]) -> int:
-    """Every field with its default, or with the value that CONFIG gives it."""
-    from fastbeit.config.sections import Config, configure, load_config
-
-    print(
-        "fastbeit pretrain CONFIG [key=value ...]\n\nThe keys, for example optim.lr=1e-3 data.image_size=[224,224]:\n"
-    )
-    default = load_config(args[0], _overrides(args[1:])) if args else configure(Config, [])
-    return _explain_fields("fastbeit pretrain CONFIG", default)
-
-
-def _explain_fields(command: str, default: Any) -> int:
-    import tyro
-
-    fields = tyro.conf.FlagConversionOff[type(default)]
-    tyro.cli(fields, args=["--help"], prog=command, default=default, use_underscores=True)
-    return DONE
-
-
-def _overrides(args: list[str]) -> list[str]:
-    """`key=value` as it is; `--key=value` and `--key value` as the same."""
-    found, rest = [], list(args)
-    while rest:
-        arg = rest.pop(0)
-        key = arg.removeprefix("--")
-        if arg.startswith("--") and "=" not in arg and rest:
-            key = f"{key}={rest.pop(0)}"
-        found.append(key)
-    return found
 
 
 def _index(args: list[str]) -> int:
@@ -229,7 +198,7 @@ def _train_tokenizer(args: list[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="`fastbeit tokenizer train --keys` lists them")
 
-    from fastbeit.config.sections import configure
+    from fastbeit.config.read import configure
     from fastbeit.config.tokenizer import TokenizerTrainConfig
     from fastbeit.jobs.train_tokenizer import train_tokenizer
 
@@ -253,7 +222,7 @@ def _data(args: list[str]) -> int:
     parser.add_argument("--images", type=int, default=8, metavar="N", help="rows of the sheet (8)")
     options, more = parser.parse_known_intermixed_args(args)
 
-    from fastbeit.config.sections import load_config
+    from fastbeit.config.read import load_config
     from fastbeit.jobs.show import show
 
     config = load_config(options.config, _overrides([*options.settings, *more]))

@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from fastbeit.config.sections import Config, load_config
+from fastbeit.config.pretrain import Config
+from fastbeit.config.read import load_config
 from fastbeit.jobs.tokenize import tokenize
 
 VIEWS = 3

@@ -7,7 +7,8 @@ import dall_e
 import torch
 from torch import Tensor, nn
 
-from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder
+from fastbeit.config.tokenizer import Architecture
+from fastbeit.tokenizer.dvae import Decoder, Encoder
 
 FORMATS = {"zip": True, "legacy": False}
 TINY = Architecture(n_hid=8, n_init=8, vocab_size=32)

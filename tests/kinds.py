@@ -8,13 +8,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from fastbeit.config.tokenizer import Architecture
 from fastbeit.tokenizer.authors_vae import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder
 from fastbeit.tokenizer.codebook import (
     CodebookArchitecture,
     CodebookDecoder,
     CodebookEncoder,
 )
-from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder
+from fastbeit.tokenizer.dvae import Decoder, Encoder
 from tiny import photo_folder
 
 SMALL = CustomizedArchitecture(num_layers=2, hidden_dim=8, codebook_dim=6, vocab_size=24)

@@ -8,10 +8,10 @@ import torch
 
 import photos
 from fastbeit.config.sections import DataConfig
+from fastbeit.data.batch import Batch
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
-from fastbeit.data.plans import Batch
 
 PIPELINES = ["torch", "pillow", "dali"]
 GOOD = photos.encoded(photos.small_photo(24, 32))

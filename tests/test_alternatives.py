@@ -22,9 +22,9 @@ from fastbeit.tokenizer.codebook import (
     CodebookTokenizer,
 )
 from fastbeit.tokenizer.disk import BOX_NOTE, KINDS, Kind, is_box, load_tokenizer, save_tokenizer
-from fastbeit.tokenizer.dvae import DiscreteVAE
-from fastbeit.tokenizer.frozen import likeliest_words
-from fastbeit.tokenizer.protocol import Strided, Tokenizer
+from fastbeit.tokenizer.fast import DiscreteVAE
+from fastbeit.tokenizer.frozen import Strided, likeliest_words
+from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
 from kinds import CHW, make_nets, random_images
 from tiny import make_photos, make_tokenizer, write_config

@@ -7,18 +7,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 import photos
-from fastbeit.config.sections import configure
-from fastbeit.data.augment import (
-    ERASE_TRIES,
-    OPS,
-    STEP,
-    AugmentConfig,
-    draw_erasures,
-    draw_steps,
-    erase_,
-    fill_of,
-    rand_augment,
-)
+from fastbeit.config.finetune import AugmentConfig
+from fastbeit.config.read import configure
+from fastbeit.data.augment import ERASE_TRIES, OPS, STEP, draw_erasures, draw_steps, erase_, fill_of, rand_augment
 from fastbeit.data.sampling import Purpose, philox, uniform
 from fastbeit.errors import ConfigError
 from test_sampling import Replay, same_distribution

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastbeit.config.sections import Config, load_config, save_config
+from fastbeit.config.pretrain import Config
+from fastbeit.config.read import load_config, save_config
 from fastbeit.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

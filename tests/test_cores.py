@@ -9,7 +9,7 @@ import torch
 
 from fastbeit.config.sections import EngineConfig
 from fastbeit.cores import num_cores
-from fastbeit.engine.protocol import start_world
+from fastbeit.engine.ranks import start_world
 from waiting import finished
 
 STARTS = "import fastbeit.cli; import torch"

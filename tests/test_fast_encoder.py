@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import PeakMemory
+from fastbeit.config.tokenizer import Architecture
 from fastbeit.errors import TokenizerError
 from fastbeit.tokenizer import fast
 from fastbeit.tokenizer import frozen as words
-from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder, one_hot, to_mapped
-from fastbeit.tokenizer.fast import Conv, CudnnConv, FastEncoder, OneDnnConv, conv_on
-from fastbeit.tokenizer.frozen import likeliest_words
+from fastbeit.tokenizer.dvae import Decoder, Encoder, one_hot, to_mapped
+from fastbeit.tokenizer.fast import Conv, CudnnConv, DiscreteVAE, FastEncoder, OneDnnConv, conv_on
+from fastbeit.tokenizer.frozen import Strided, likeliest_words
 from fastbeit.tokenizer.precision import choose_tokenizer, encoding_dtype, token_agreement
-from fastbeit.tokenizer.protocol import Strided
 from kinds import random_images
 from tiny import PHOTOS, photo_folder
 

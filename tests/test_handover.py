@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastbeit.data import to_device as handover
-from fastbeit.data.plans import Batch
+from fastbeit.data.batch import Batch
 from fastbeit.data.to_device import Copier, on_device, one_ahead
 
 

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 import photos
+from fastbeit.config.finetune import AugmentConfig
 from fastbeit.config.sections import DataConfig
 from fastbeit.data import labelled
-from fastbeit.data.augment import AugmentConfig, draw_steps, fill_of, rand_augment
+from fastbeit.data.augment import draw_steps, fill_of, rand_augment
 from fastbeit.data.decode import decode_reference
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index

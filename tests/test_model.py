@@ -11,14 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastbeit.config.sections import MaskingConfig, ModelConfig
 from fastbeit.masking import UNUSED, Prediction, draw_masks, plan_prediction
+from fastbeit.model.attention import Attention, GatherBias, RelativePositionBias, inverse_index, relative_position_index
 from fastbeit.model.beit import Beit
-from fastbeit.model.vit import (
-    Attention,
-    GatherBias,
-    RelativePositionBias,
-    inverse_index,
-    relative_position_index,
-)
 from huggingface import build_huggingface, to_huggingface
 
 # the real window, patch and vocabulary; narrow, so that a step takes a moment

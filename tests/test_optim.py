@@ -4,16 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastbeit.config.sections import Config, OptimConfig
+from fastbeit.config.pretrain import Config
+from fastbeit.config.sections import OptimConfig
+from fastbeit.engine.adamw import clip_and_step, read_moments, write_moments
 from fastbeit.model.beit import make_beit
-from fastbeit.train.optim import (
-    clip_and_step,
-    learning_rate,
-    make_optimizer,
-    parameter_groups,
-    read_moments,
-    write_moments,
-)
+from fastbeit.train.optim import learning_rate, make_optimizer, parameter_groups
 
 
 def test_groups_are_the_authors():

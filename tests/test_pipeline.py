@@ -11,15 +11,16 @@ import psutil
 import pytest
 import torch
 
-import fastbeit.data.loader
 import photos
 from fastbeit.config.sections import DataConfig
+from fastbeit.data import workers
 from fastbeit.data.decode import Checked, check, decode, decode_reference
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
-from fastbeit.data.loader import BadSamples, make_loader
+from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import Plans, places_at, steps_per_epoch
 from fastbeit.errors import BadImage, ConfigError, DataError, RunError
+from fastbeit.train.bad_samples import BadSamples
 from loading import GOOD, PIPELINES, assert_same, batches, photo_index, psnr, small_index
 from waiting import PATIENCE_S, finished
 
@@ -112,13 +113,13 @@ def test_no_token_view(index):
 
 def test_a_signal_finds_no_worker_unprepared(index, monkeypatch):
     """A scheduler's SIGTERM may come when a worker has just been born: it must not die of it."""
-    begin = fastbeit.data.loader._begin_worker
+    begin = workers._begin_worker
 
     def begin_late(worker):
         os.kill(os.getpid(), signal.SIGTERM)
         begin(worker)
 
-    monkeypatch.setattr("fastbeit.data.loader._begin_worker", begin_late)
+    monkeypatch.setattr(workers, "_begin_worker", begin_late)
     assert len(batches(index, num_workers=1)) == 3
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastbeit.jobs.pretrain
-from fastbeit.config.sections import load_config
+from fastbeit.config.read import load_config
 from fastbeit.data.index.scan import build_index
 from fastbeit.errors import RunError
 from fastbeit.jobs.pretrain import pretrain

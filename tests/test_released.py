@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from dalle import FORMATS, TINY, official, official_tokens, random_images, randomise, save
 from fastbeit.cli import main
+from fastbeit.config.tokenizer import Architecture
 from fastbeit.errors import CHECKPOINT_UNUSABLE, TokenizerError
 from fastbeit.files import sha256
 from fastbeit.tokenizer.authors_vae import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder, CustomizedVAE
 from fastbeit.tokenizer.disk import load_tokenizer
-from fastbeit.tokenizer.dvae import Architecture, DiscreteVAE
+from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.weights.tokenizers import import_tokenizer, read_released
 from hostile import refused
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastbeit.config.sections import load_config
+from fastbeit.config.read import load_config
+from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.index.scan import build_index
 from fastbeit.errors import RunError
 from fastbeit.evaluate.finished_run import Figures, open_run
@@ -22,7 +23,7 @@ from fastbeit.evaluate.pictures import GRAY, Look, entropy_map, hide, look_at, m
 from fastbeit.jobs.pretrain import pretrain
 from fastbeit.jobs.report import verdict, write_report
 from fastbeit.tokenizer.disk import save_tokenizer
-from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder
+from fastbeit.tokenizer.dvae import Decoder, Encoder
 from tiny import make_parts, make_photos, make_tokenizer, write_config
 
 

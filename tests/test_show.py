@@ -9,7 +9,7 @@ from PIL import Image
 import caches
 import tiny
 from fastbeit.cli import main
-from fastbeit.config.sections import load_config
+from fastbeit.config.read import load_config
 from fastbeit.data.decode import decode
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index

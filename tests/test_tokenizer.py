@@ -7,10 +7,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dalle import TINY, official_input, random_images, randomise
+from fastbeit.config.tokenizer import Architecture
 from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, RunError
 from fastbeit.files import sha256
 from fastbeit.tokenizer.disk import TokenizerError, load_tokenizer, save_tokenizer
-from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder, map_pixels, one_hot, unmap_pixels
+from fastbeit.tokenizer.dvae import Decoder, Encoder, map_pixels, one_hot, unmap_pixels
+from fastbeit.tokenizer.fast import DiscreteVAE
 
 NARROW = Architecture(n_hid=64, n_init=32, vocab_size=512)  # the narrowest that the dall-e package allows
 

@@ -10,18 +10,20 @@ import torch
 from pydantic import ValidationError
 
 from fastbeit.config.sections import DataConfig
-from fastbeit.config.tokenizer import TokenizerTrainConfig
+from fastbeit.config.tokenizer import Architecture, TokenizerTrainConfig
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, DataError, RunError
 from fastbeit.jobs.train_tokenizer import step_generator, train_tokenizer
 from fastbeit.tokenizer.disk import load_tokenizer
-from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder, one_hot, to_mapped
+from fastbeit.tokenizer.dvae import Decoder, Encoder, one_hot, to_mapped
+from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.tokenizer.quality import WordUsage, measure_quality, word_usage
 from fastbeit.tokenizer.training.kmeans_start import kmeans, nearest, solve_both_ends
-from fastbeit.tokenizer.training.objective import DvaeTrainer, draw_words, follow, logit_laplace, usage_entropy
-from fastbeit.train.rundir import RunLog
+from fastbeit.tokenizer.training.objective import DvaeTrainer, draw_words, logit_laplace, usage_entropy
+from fastbeit.train.ema import follow
+from fastbeit.train.log import RunLog
 from tiny import make_photos
 
 TINY = {"image_size": 32, "n_hid": 8, "n_init": 16, "vocab_size": 24, "batch_size": 8, "num_workers": 0, "log_every": 1}

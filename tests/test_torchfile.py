@@ -14,7 +14,8 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 
 from dalle import FORMATS, TINY, official, save
-from fastbeit.tokenizer.dvae import Architecture, Encoder
+from fastbeit.config.tokenizer import Architecture
+from fastbeit.tokenizer.dvae import Encoder
 from fastbeit.weights.torchfile import MAGIC, VERSION
 from hostile import TEN_GB, refused, wrapped
 

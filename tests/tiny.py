@@ -10,9 +10,10 @@ import torch
 import yaml
 from PIL import Image
 
+from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.index.scan import build_index
 from fastbeit.tokenizer.disk import save_tokenizer
-from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder, to_mapped
+from fastbeit.tokenizer.dvae import Decoder, Encoder, to_mapped
 from waiting import finished
 
 PHOTOS = "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"

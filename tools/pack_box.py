@@ -10,10 +10,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from fastbeit.config.sections import DataConfig
+from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.loader import make_loader
 from fastbeit.tokenizer.disk import BOX, load_tokenizer, save_tokenizer
-from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder
+from fastbeit.tokenizer.dvae import Decoder, Encoder
 from fastbeit.tokenizer.quality import Quality, measure_quality
 
 CROPS = 64, 100  # images a batch, batches

@@ -38,10 +38,11 @@ from benchmarks.card import environment
 from benchmarks.data import official
 from benchmarks.data.contestants import CONTESTANTS, Player, Task, Turn, masks_of, open_loader
 from fastbeit.config.sections import DataConfig
+from fastbeit.data.batch import Batch
 from fastbeit.data.demo_photos import FOLDERS, HELD_OUT, TRAINING
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
-from fastbeit.data.plans import Batch, Plans
+from fastbeit.data.plans import Plans
 from fastbeit.tokenizer.disk import load_tokenizer
 
 Row = dict[str, Any]

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 
 from benchmarks.data import official
 from fastbeit.config.sections import DataConfig, MaskingConfig
+from fastbeit.data.batch import Batch
 from fastbeit.data.decode import decode, decode_reference
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
-from fastbeit.data.plans import Batch
 from fastbeit.masking import Masks, draw_masks
 
 SEED = 0

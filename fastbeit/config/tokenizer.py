@@ -6,9 +6,35 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fastbeit.config.sections import Count, DataConfig, OptimConfig, Positive, Section, Size
-from fastbeit.tokenizer.dvae import Architecture
 
 PATCHES_A_WORD = 100  # enough to place it, and to see whether it is in use
+
+
+class Architecture(Section):
+    """Size of an encoder and its decoder; the defaults are those of OpenAI's release (A.2)."""
+
+    n_hid: int = Field(
+        default=256, ge=4, multiple_of=4, description="channels at full resolution; each group doubles them"
+    )
+    n_init: Count = Field(default=128, description="channels of a word's embedding in the decoder")
+    vocab_size: Count = Field(default=8192, description="visual words")
+    group_count: Count = Field(default=4, description="resolutions, each half of the one before")
+    n_blk_per_group: Count = Field(default=2, description="residual blocks a resolution")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a token, down and across."""
+        return 2 ** (self.group_count - 1)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each group, from the finest resolution to the coarsest."""
+        return [self.n_hid * 2**group for group in range(self.group_count)]
+
+    @property
+    def post_gain(self) -> float:
+        """Scale of each residual branch, in place of normalisation layers (A.2)."""
+        return 1 / (self.group_count * self.n_blk_per_group) ** 2
 
 
 class TokenizerTrainConfig(Section):

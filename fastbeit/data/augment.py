@@ -12,12 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from pydantic import Field
 from torch import Tensor
 
-from fastbeit.config.sections import Fraction, Section
+from fastbeit.config.sections import Size
 from fastbeit.data.sampling import Purpose, uniform
-from fastbeit.data.views import Size
 from fastbeit_kernels.philox import philox
 
 # one operation on one sample: its place in `OPS`, or -1 for none; how strong it is, in [-1, 1]
@@ -30,15 +28,6 @@ ERASE_RATIO = 0.3, 1 / 0.3  # height / width
 ERASE_TRIES = 10
 DRAWS_A_STEP = 8  # op, applied, negated, two of Box-Muller; in whole counters
 Fill = tuple[int, int, int]
-
-
-class AugmentConfig(Section):
-    """What fine-tuning does to a view beyond the crop and flip of `DataConfig` (the authors' recipe)."""
-
-    num_ops: int = Field(default=2, ge=0, description="RandAugment operations a view; 0: colour jitter as data.jitter")
-    magnitude: float = Field(default=9.0, ge=0, le=10, description="mean magnitude of an operation, of at most 10")
-    magnitude_std: float = Field(default=0.5, ge=0, description="standard deviation of the magnitude")
-    erase: Fraction = Field(default=0.25, description="probability that a box of a view is filled with noise")
 
 
 def draw_steps(seed: int, epoch, sample, num_ops: int, magnitude: float, magnitude_std: float) -> np.ndarray:

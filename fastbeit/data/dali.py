@@ -21,11 +21,13 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 from torch import Tensor
 
+from fastbeit.config.sections import Size
+from fastbeit.data.batch import Batch, TokenViews
 from fastbeit.data.decode import LUMA, Checked, check
 from fastbeit.data.index.reader import Index
-from fastbeit.data.plans import Batch, Drawn, Plans, TokenViews
+from fastbeit.data.plans import Drawn, Plans
 from fastbeit.data.to_device import one_ahead
-from fastbeit.data.views import BRIGHTNESS, SATURATION, Rule, Size
+from fastbeit.data.views import BRIGHTNESS, SATURATION, Rule
 from fastbeit.errors import RunError
 
 FILTERS = {"bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}

@@ -5,7 +5,6 @@ each image, by the authors' rule.
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,28 +12,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastbeit.config.sections import DataConfig
-from fastbeit.data.augment import AugmentConfig, draw_steps, fill_of, rand_augment
+from fastbeit.config.finetune import AugmentConfig
+from fastbeit.config.sections import DataConfig, Size
+from fastbeit.data.augment import draw_steps, fill_of, rand_augment
+from fastbeit.data.batch import LabelledBatch
 from fastbeit.data.decode import MAX_PIXELS, decode, decode_reference
 from fastbeit.data.index.reader import Index
-from fastbeit.data.loader import CpuBatches, load_items
+from fastbeit.data.loader import CpuBatches
 from fastbeit.data.plans import Plans
-from fastbeit.data.views import Rule, Size
+from fastbeit.data.views import Rule
+from fastbeit.data.workers import load_items
 from fastbeit.errors import BadImage, ConfigError, DataError
 
 CROP_SHARE = 224 / 256  # of the resized image's side
 LARGE = 384  # from this size on, the crop takes the whole shorter side
-
-
-@dataclass
-class LabelledBatch:
-    """One rank's share of some images."""
-
-    images: Tensor  # [B, H, W, 3] uint8
-    labels: Tensor  # [B] int64, into the index's class names
-    sample: Tensor  # [B] int64, rows of the index
-    epoch: Tensor  # [B] int64, 0 in evaluation
-    bad: list[tuple[int, str]]  # (row of the index, path and reason) of images replaced, or in evaluation left out
 
 
 def make_labelled_loader(

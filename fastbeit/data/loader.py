@@ -4,26 +4,22 @@ torch: simplejpeg and torch's antialiased resize. dali: NVIDIA DALI. pillow: as 
 """
 
 import contextlib
-import json
-import os
-import signal
-import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from fastbeit.config.sections import DataConfig
-from fastbeit.cores import num_cores
+from fastbeit.config.sections import DataConfig, Size
+from fastbeit.data.batch import Batch, TokenViews
 from fastbeit.data.decode import decode_reduced, decode_reference
 from fastbeit.data.index.reader import Index
-from fastbeit.data.plans import Batch, Drawn, Plans, TokenViews, bad_limit
-from fastbeit.data.views import Rule, Size, pillow_views, torch_views
-from fastbeit.errors import DATA_LIMIT, ConfigError, DataError
+from fastbeit.data.plans import Drawn, Plans
+from fastbeit.data.views import Rule, pillow_views, torch_views
+from fastbeit.data.workers import load_items
+from fastbeit.errors import ConfigError
 
 
 def make_loader(
@@ -148,98 +144,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _Answer(Dataset):
-    """Hands a `DataError` over as a value: an exception would reach the training process as the text of a traceback."""
-
-    def __init__(self, items: Dataset) -> None:
-        self.items = items
-
-    def __getitem__(self, key: Any) -> Any:
-        try:
-            return self.items[key]
-        except DataError as err:
-            return err
-
-
-def load_items(items: Dataset, keys: Iterable[Any], num_workers: int) -> Generator[Any, None, None]:
-    """The item of each key, in order, made by processes of their own."""
-    # more processes than cores would only take turns
-    num_workers = min(num_workers, num_cores())
-    loader = DataLoader(
-        _Answer(items),
-        batch_size=None,
-        sampler=keys,
-        num_workers=num_workers,
-        worker_init_fn=_begin_worker,
-        prefetch_factor=2 if num_workers else None,
-    )
-    # the loop alone holds the iterator: however it ends, the workers end with it
-    for answer in _start(loader):
-        if isinstance(answer, DataError):
-            raise answer
-        yield answer
-
-
-def _start(loader: DataLoader) -> Iterator[Any]:
-    # workers are born with SIGTERM held back, until they know what to make of it
-    mask = getattr(signal, "pthread_sigmask", lambda *_: None)
-    mask(signal.SIG_BLOCK, [signal.SIGTERM])
-    try:
-        return iter(loader)
-    finally:
-        mask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-
-
-def _begin_worker(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach every process; the training process decides what they mean
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        threading.Thread(target=_obey, args=[os.getppid()], daemon=True).start()
-
-
-def _obey(parent: int) -> None:
-    """End by a SIGTERM of the training process, and of nobody else."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-class BadSamples:
-    """The list of bad images in a run's directory; stops the run when it grows too long."""
-
-    def __init__(self, path: Path, num_images: int) -> None:
-        self.path, self._limit = path, bad_limit(num_images)
-        self._seen: set[int] = set()
-        text = path.read_text() if path.exists() else ""
-        for line in text.splitlines():
-            try:
-                self._seen.add(json.loads(line)["sample"])
-            except ValueError:
-                # the line that an interruption cut short; the image will be met again
-                continue
-        if text and not text.endswith("\n"):
-            path.write_text(text + "\n")
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    def add(self, bad: list[tuple[int, str]]) -> None:
-        """List those not yet listed.
-
-        Raises:
-            DataError: more than `bad_limit` images are bad (exit code 65).
-        """
-        for sample, reason in bad:
-            if sample in self._seen:
-                continue
-            self._seen.add(sample)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"sample": sample, "reason": reason}) + "\n")
-        if len(self._seen) > self._limit:
-            raise DataError(
-                f"{len(self._seen)} bad images, more than the {self._limit} that a run puts up with (100, or 1 % of "
-                f"the data if that is more), listed in '{self.path}'; repair or remove them and make the index again",
-                DATA_LIMIT,
-            )

@@ -5,40 +5,21 @@ uninterrupted run gets from step k on.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastbeit.config.sections import DataConfig
+from fastbeit.config.sections import DataConfig, Size
+from fastbeit.data.batch import Batch
 from fastbeit.data.index.reader import Index
 from fastbeit.data.sampling import draw_crops, draw_flips, draw_jitters, rows_at, view_of
-from fastbeit.data.views import PLAN, Size
+from fastbeit.data.views import PLAN
 from fastbeit.errors import DATA_LIMIT, DATA_MISSING, BadImage, ConfigError, DataError
 
 T = TypeVar("T")
-
-
-@dataclass
-class Batch:
-    """One rank's share of a step's images."""
-
-    images: Tensor  # [B, H, W, 3] uint8, the patch view
-    token_images: Tensor | None  # [B, h, w, 3] uint8, the token view: the same box, flip and jitter
-    sample: Tensor  # [B] int64, rows of the index
-    epoch: Tensor  # [B] int64; with tail=wrap a batch can straddle epochs
-    bad: list[tuple[int, str]] = field(default_factory=list)  # (row of the index, path and reason) of images replaced
-
-
-@dataclass
-class TokenViews:
-    """All token views of some images, in the order of the index."""
-
-    rows: range  # of the index
-    images: Tensor  # [n, K, h, w, 3] uint8; 0 where the image is bad
-    bad: list[tuple[int, str]]  # as in `Batch`, of images that none replaces
 
 
 def steps_per_epoch(num_images: int, batch_size: int, tail: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastbeit.data.plans import Batch
+from fastbeit.data.batch import Batch
 
 T = TypeVar("T")
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageEnhance
 from torch.nn import functional as F
 from torch.torch_version import TorchVersion
 
+from fastbeit.config.sections import Size
 from fastbeit.data.decode import LUMA, Decoded
 
 # one sample's augmentation; fields as `sampling.draw_crops`, `draw_flips` and `draw_jitters` give them
@@ -32,7 +33,6 @@ SPARE = 1.5
 # those that torch has: Lanczos came with 2.13, and Pillow does it before
 TORCH_FILTERS = FILTERS if TorchVersion(torch.__version__) >= TorchVersion("2.13") else {"bicubic"}
 LUMA32 = LUMA.astype(np.float32)
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from fastbeit.config.sections import Config, load_config
+from fastbeit.config.pretrain import Config
+from fastbeit.config.read import load_config
 from fastbeit.data.index.reader import Index, open_index
-from fastbeit.engine.protocol import World
+from fastbeit.engine.ranks import World
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError
 from fastbeit.evaluate.masked import evaluate, token_histogram, unigram_baseline
 from fastbeit.model.beit import Beit, make_beit

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastbeit.config.sections import Config
+from fastbeit.config.pretrain import Config
 from fastbeit.data.index.reader import Index
 from fastbeit.data.loader import Batch, make_loader
-from fastbeit.engine.protocol import World
+from fastbeit.engine.ranks import World
 from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import Beit
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.quality import word_usage
+from fastbeit.tokenizer.source import visual_tokens
 
 MAX_BATCH = 256  # images a rank looks at together
 SMOOTHING = 0.5  # added to each word's count, so that an unseen word costs much but not everything
@@ -61,13 +62,6 @@ def batches_of(
             num_steps=math.ceil(num_crops / (per_rank * world.size)),
         )
     )
-
-
-def visual_tokens(tokenizer: Tokenizer | None, batch: Batch, device: torch.device) -> Tensor | None:
-    """[B, N] int64: what is to be predicted of a batch; None for pixels, which need no tokenizer."""
-    if tokenizer is None or batch.token_images is None:
-        return None
-    return tokenizer.encode(batch.token_images.to(device, non_blocking=True))
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastbeit.evaluate.finished_run import Figures, Trained
-from fastbeit.evaluate.masked import batches_of, held_out_seed, visual_tokens
+from fastbeit.evaluate.masked import batches_of, held_out_seed
 from fastbeit.masking import draw_masks, plan_prediction
+from fastbeit.tokenizer.source import visual_tokens
 from fastbeit_kernels.masked_embed import patchify
 
 matplotlib.use("agg")

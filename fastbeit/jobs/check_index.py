@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from fastbeit.data.decode import decode
 from fastbeit.data.index.reader import Index, open_index
-from fastbeit.data.loader import load_items
+from fastbeit.data.workers import load_items
 from fastbeit.errors import CANNOT_CREATE, DATA_LIMIT, DONE, BadImage, RunError
 from fastbeit.files import aside, put_in_place
-from fastbeit.train.rundir import Stop
+from fastbeit.train.stop import Stop
 
 TOGETHER, TOGETHER_AT_MOST = 32, 256  # images a process decodes before it answers: tenths of a second, or seconds
 SAY_EVERY_S = 10.0

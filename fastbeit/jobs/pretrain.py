@@ -14,23 +14,28 @@ from typing import Any
 import torch
 
 import fastbeit
-from fastbeit.config.sections import Config
+from fastbeit.config.pretrain import Config
+from fastbeit.data.batch import Batch
 from fastbeit.data.index.reader import Index, open_index
-from fastbeit.data.loader import BadSamples, make_loader
-from fastbeit.data.plans import Batch, steps_per_epoch
+from fastbeit.data.loader import make_loader
+from fastbeit.data.plans import steps_per_epoch
 from fastbeit.data.sampling import drop_path_keep
 from fastbeit.data.to_device import on_device
-from fastbeit.engine.protocol import World, make_engine, start_world
+from fastbeit.engine.protocol import make_engine
+from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, DONE, PREEMPTED, ConfigError, DataError, RunError
 from fastbeit.evaluate.masked import evaluate
 from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import Beit, make_beit
 from fastbeit.tokenizer.disk import BOX_NOTE, is_box
 from fastbeit.tokenizer.source import TokenSource, open_token_source
+from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.checkpoint import find_checkpoint, load_model, load_optimizer, load_state, save_checkpoint
+from fastbeit.train.log import RunLog
 from fastbeit.train.meter import Meter
 from fastbeit.train.optim import MAX_SKIPPED_IN_A_ROW, learning_rate, make_optimizer, set_learning_rate
-from fastbeit.train.rundir import RunLog, Stop, claim
+from fastbeit.train.rundir import claim
+from fastbeit.train.stop import Stop
 from fastbeit_kernels.backend import check_backend, uses_triton
 
 

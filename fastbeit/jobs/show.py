@@ -13,13 +13,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastbeit.config.sections import Config
+from fastbeit.config.pretrain import Config
+from fastbeit.config.sections import Size
 from fastbeit.data.decode import decode
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import Plans, steps_per_epoch
 from fastbeit.data.sampling import JITTER_OPS
-from fastbeit.data.views import Size
 from fastbeit.errors import CANNOT_WRITE, ConfigError, RunError
 from fastbeit.files import aside, put_in_place
 from fastbeit.masking import draw_masks, plan_prediction

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastbeit.config.sections import Config
+from fastbeit.config.pretrain import Config
+from fastbeit.data.batch import TokenViews
 from fastbeit.data.index.reader import Index, open_index
-from fastbeit.data.loader import BadSamples, make_token_loader
-from fastbeit.data.plans import TokenViews
-from fastbeit.engine.protocol import World, start_world
+from fastbeit.data.loader import make_token_loader
+from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DATA_MISSING, DONE, PREEMPTED, ConfigError, DataError
 from fastbeit.tokenizer.cache.reader import BAD, BAD_SAMPLES, FORMAT, Card, how_far, make_recipe
 from fastbeit.tokenizer.cache.writer import CacheWriter, chunk_rows
@@ -26,7 +26,9 @@ from fastbeit.tokenizer.disk import BOX_NOTE, is_box
 from fastbeit.tokenizer.precision import Chosen
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.source import load_run_tokenizer
-from fastbeit.train.rundir import Stop, hold
+from fastbeit.train.bad_samples import BadSamples
+from fastbeit.train.rundir import hold
+from fastbeit.train.stop import Stop
 
 ENCODED_TOGETHER = 64  # crops: fills a GPU; on a CPU some ten seconds, after which it looks whether to stop
 SAY_EVERY_S = 10.0

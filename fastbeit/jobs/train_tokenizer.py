@@ -14,24 +14,21 @@ from torch import Tensor
 
 from fastbeit.config.tokenizer import TokenizerTrainConfig
 from fastbeit.data.index.reader import Index, open_index
-from fastbeit.data.loader import BadSamples, Batch, make_loader
+from fastbeit.data.loader import Batch, make_loader
+from fastbeit.engine.adamw import clip_and_step, read_moments, write_moments
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, DataError, RunError
 from fastbeit.tokenizer.disk import save_tokenizer
-from fastbeit.tokenizer.dvae import DiscreteVAE
+from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.tokenizer.quality import Quality, WordUsage, measure_quality
 from fastbeit.tokenizer.training.kmeans_start import solve_both_ends
-from fastbeit.tokenizer.training.objective import DvaeTrainer, follow
+from fastbeit.tokenizer.training.objective import DvaeTrainer
+from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.checkpoint import find_checkpoint, load_model, load_optimizer, load_state, save_checkpoint
-from fastbeit.train.optim import (
-    MAX_SKIPPED_IN_A_ROW,
-    clip_and_step,
-    learning_rate,
-    make_optimizer,
-    read_moments,
-    set_learning_rate,
-    write_moments,
-)
-from fastbeit.train.rundir import RunLog, Stop, claim
+from fastbeit.train.ema import follow
+from fastbeit.train.log import RunLog
+from fastbeit.train.optim import MAX_SKIPPED_IN_A_ROW, learning_rate, make_optimizer, set_learning_rate
+from fastbeit.train.rundir import claim
+from fastbeit.train.stop import Stop
 
 NUM_SHOWN = 8  # images on TensorBoard, above their reconstructions
 

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbeit.config.sections import Config, ModelConfig
+from fastbeit.config.pretrain import Config
+from fastbeit.config.sections import ModelConfig, Size
 from fastbeit.masking import UNUSED
-from fastbeit.model.vit import NORM_EPS, Size, VisionTransformer, take
+from fastbeit.model.attention import take
+from fastbeit.model.vit import NORM_EPS, VisionTransformer
 from fastbeit_kernels.backend import Backend
 from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from fastbeit.config.sections import Count, Section
 from fastbeit.tokenizer.fast import TOGETHER, TOGETHER_ON_GPU
-from fastbeit.tokenizer.frozen import in_fixed_batches, likeliest_words
-from fastbeit.tokenizer.protocol import Strided
+from fastbeit.tokenizer.frozen import Strided, in_fixed_batches, likeliest_words
 
 
 class CustomizedArchitecture(Section):

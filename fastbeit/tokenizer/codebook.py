@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from fastbeit.config.sections import Count, Section
 from fastbeit.errors import TokenizerError
 from fastbeit.tokenizer.fast import TOGETHER, TOGETHER_ON_GPU
-from fastbeit.tokenizer.frozen import in_fixed_batches, likeliest_words
-from fastbeit.tokenizer.protocol import Strided
+from fastbeit.tokenizer.frozen import Strided, in_fixed_batches, likeliest_words
 
 MAX_VOCAB = 1 << 16  # 16 bits a token; a cache of tokens holds one word fewer, and marks bad images with it
 GREY = 0.5

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastbeit.config.sections import Section
+from fastbeit.config.tokenizer import Architecture
 from fastbeit.errors import CANNOT_WRITE, RunError, TokenizerError
 from fastbeit.files import aside, put_in_place, sha256
 from fastbeit.tokenizer.authors_vae import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder, CustomizedVAE
 from fastbeit.tokenizer.codebook import CodebookArchitecture, CodebookDecoder, CodebookEncoder, CodebookTokenizer
-from fastbeit.tokenizer.dvae import Architecture, Decoder, DiscreteVAE, Encoder
+from fastbeit.tokenizer.dvae import Decoder, Encoder
+from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.tokenizer.protocol import Tokenizer
 
 # one pair of names for every kind: of what kind it is the card says, and no reader has to look for it

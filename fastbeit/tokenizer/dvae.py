@@ -5,48 +5,17 @@ width and vocabulary.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from fastbeit.config.sections import Count, Section
-from fastbeit.tokenizer.fast import FastEncoder
-from fastbeit.tokenizer.protocol import Strided
+from fastbeit.config.tokenizer import Architecture
 
 Kernels = tuple[int, int, int, int]
 NamedModule = tuple[str, nn.Module]
 LOGIT_LAPLACE_EPS = 0.1  # keeps mapped pixels away from 0 and 1, where the logit is infinite (A.3)
-
-
-class Architecture(Section):
-    """Size of an encoder and its decoder; the defaults are those of OpenAI's release (A.2)."""
-
-    n_hid: int = Field(
-        default=256, ge=4, multiple_of=4, description="channels at full resolution; each group doubles them"
-    )
-    n_init: Count = Field(default=128, description="channels of a word's embedding in the decoder")
-    vocab_size: Count = Field(default=8192, description="visual words")
-    group_count: Count = Field(default=4, description="resolutions, each half of the one before")
-    n_blk_per_group: Count = Field(default=2, description="residual blocks a resolution")
-
-    @property
-    def stride(self) -> int:
-        """Pixels a token, down and across."""
-        return 2 ** (self.group_count - 1)
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of each group, from the finest resolution to the coarsest."""
-        return [self.n_hid * 2**group for group in range(self.group_count)]
-
-    @property
-    def post_gain(self) -> float:
-        """Scale of each residual branch, in place of normalisation layers (A.2)."""
-        return 1 / (self.group_count * self.n_blk_per_group) ** 2
 
 
 def map_pixels(pixels: Tensor) -> Tensor:
@@ -161,40 +130,3 @@ def to_images(stats: Tensor) -> Tensor:
     """A decoder's output [B, 6, h, w] as images uint8 [B, h, w, 3]."""
     pixels = unmap_pixels(torch.sigmoid(stats[:, :3].float()))
     return (pixels * 255).round().byte().permute(0, 2, 3, 1).contiguous()
-
-
-class DiscreteVAE(Strided):
-    """A frozen `Tokenizer`; `weights.load_tokenizer` makes one.
-
-    Not an `nn.Module`, so that it never ends up among the weights of the model that uses it.
-
-    Args:
-        encoder: on the device where tokens are wanted; its weights are prepared once (`fast.py`) and not kept.
-        read_decoder: called once, when the first tokens are decoded: pre-training never needs the decoder.
-        fingerprint: identifies the weights.
-        dtype: in which the encoder computes.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        read_decoder: Callable[[], Decoder],
-        fingerprint: str,
-        dtype: torch.dtype = torch.float32,
-    ):
-        self.arch, self.fingerprint, self.dtype = encoder.arch, fingerprint, dtype
-        self.vocab_size, self.stride = encoder.arch.vocab_size, encoder.arch.stride
-        self.device = next(encoder.parameters()).device
-        self._encode, self._read_decoder = FastEncoder(encoder, dtype), read_decoder
-
-    @cached_property
-    def _decoder(self) -> Decoder:
-        return self._read_decoder().requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        return self._encode(to_mapped(self.checked_images(images)))
-
-    @torch.no_grad()
-    def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return to_images(self._decoder.decode_words(self.checked_ids(ids, grid)))

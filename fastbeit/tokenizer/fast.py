@@ -9,6 +9,8 @@
 - Logits are sums in float32, compared before any rounding, and there for a few rows at a time.
 """
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbeit.errors import TokenizerError
-from fastbeit.tokenizer.frozen import likeliest_words
+from fastbeit.tokenizer.dvae import Decoder, Encoder, to_images, to_mapped
+from fastbeit.tokenizer.frozen import Strided, likeliest_words
 
 if TYPE_CHECKING:
     from fastbeit.tokenizer.dvae import Encoder
@@ -196,3 +199,40 @@ class FastEncoder:
                 f"{torch.finfo(self.dtype).max:.3g}; set tokenizer.precision to bf16 or fp32"
                 + ("; its weights are damaged or not trained" if self.dtype == torch.float32 else "")
             )
+
+
+class DiscreteVAE(Strided):
+    """A frozen `Tokenizer`; `weights.load_tokenizer` makes one.
+
+    Not an `nn.Module`, so that it never ends up among the weights of the model that uses it.
+
+    Args:
+        encoder: on the device where tokens are wanted; its weights are prepared once (`fast.py`) and not kept.
+        read_decoder: called once, when the first tokens are decoded: pre-training never needs the decoder.
+        fingerprint: identifies the weights.
+        dtype: in which the encoder computes.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        read_decoder: Callable[[], Decoder],
+        fingerprint: str,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.arch, self.fingerprint, self.dtype = encoder.arch, fingerprint, dtype
+        self.vocab_size, self.stride = encoder.arch.vocab_size, encoder.arch.stride
+        self.device = next(encoder.parameters()).device
+        self._encode, self._read_decoder = FastEncoder(encoder, dtype), read_decoder
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return self._read_decoder().requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return self._encode(to_mapped(self.checked_images(images)))
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return to_images(self._decoder.decode_words(self.checked_ids(ids, grid)))

@@ -25,7 +25,6 @@ For one that a config can name by its path, a line in `weights.KINDS` says which
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -69,42 +68,3 @@ class Tokenizer(Protocol):
         Training never asks for it: pictures and reports do.
         """
         ...
-
-
-class Strided:
-    """The part of a `Tokenizer` that is alike in all that have one word for each square of `stride` pixels."""
-
-    vocab_size: int
-    stride: int
-    device: torch.device
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        height, width = size
-        if height % self.stride or width % self.stride or min(size) < self.stride:
-            fit = [max(1, round(side / self.stride)) * self.stride for side in size]
-            raise ValueError(
-                f"token view wants sides that are multiples of {self.stride}; got {height}x{width}; try {fit}"
-            )
-        return height // self.stride, width // self.stride
-
-    def view_size(self, grid: tuple[int, int]) -> tuple[int, int]:
-        return grid[0] * self.stride, grid[1] * self.stride
-
-    def checked_images(self, images: Tensor) -> Tensor:
-        """Images that `encode` was given, on the tokenizer's device."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images want uint8 [B, h, w, 3]; got {images.dtype} {list(images.shape)}")
-        self.grid((images.shape[1], images.shape[2]))
-        return images.to(self.device)
-
-    def checked_ids(self, ids: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """Ids that `decode` was given, as [B, h, w] on the tokenizer's device."""
-        side = int(ids.shape[1] ** 0.5)
-        height, width = grid or (side, side)
-        if height * width != ids.shape[1]:
-            raise ValueError(
-                f"{ids.shape[1]} tokens do not fill a {height}x{width} grid; pass the tokenizer's grid(size)"
-            )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise ValueError(f"ids want 0 to {self.vocab_size - 1}; got {int(ids.min())} to {int(ids.max())}")
-        return ids.to(self.device).unflatten(1, (height, width))

@@ -7,14 +7,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastbeit.config.sections import Config
+from fastbeit.config.pretrain import Config
+from fastbeit.config.sections import Size
+from fastbeit.data.batch import Batch
 from fastbeit.data.index.reader import Index
 from fastbeit.data.loader import make_token_loader
-from fastbeit.data.plans import Batch
 from fastbeit.data.sampling import view_of
-from fastbeit.data.views import Size
 from fastbeit.errors import USAGE, RunError
-from fastbeit.evaluate.masked import visual_tokens
 from fastbeit.tokenizer.cache.reader import TokenCache, check_cache, open_cache
 from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.precision import DTYPES, Chosen, choose_tokenizer, encoding_dtype
@@ -164,3 +163,10 @@ class CachedTokens:
             f"of {self.vocab_size} words, from data.tokens '{self._cache.folder}', made by tokenizer "
             f"{self.fingerprint[:16]} in {self._cache.card.precision}"
         )
+
+
+def visual_tokens(tokenizer: Tokenizer | None, batch: Batch, device: torch.device) -> Tensor | None:
+    """[B, N] int64: what is to be predicted of a batch; None for pixels, which need no tokenizer."""
+    if tokenizer is None or batch.token_images is None:
+        return None
+    return tokenizer.encode(batch.token_images.to(device, non_blocking=True))

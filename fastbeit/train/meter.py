@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 
-from fastbeit.engine.protocol import World
+from fastbeit.engine.ranks import World
 
 
 class Meter:

@@ -3,12 +3,11 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastbeit.config.sections import OptimConfig
 
 MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run is stopped
-MOMENTS = ("exp_avg", "exp_avg_sq")
 NO_DECAY_TOKENS = ("cls_token", "pos_embed")  # the mask token, the bias table and the head do decay, as officially
 
 
@@ -43,44 +42,3 @@ def learning_rate(step: int, num_steps: int, num_warmup: int, optim: OptimConfig
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def clip_and_step(optimizer: torch.optim.AdamW, clip_grad: float) -> Tensor:
-    """One update with clipped gradients, or none if a gradient is not finite; no value comes to the host.
-
-    The fused kernel divides gradients by `grad_scale` and does nothing where `found_inf` is set: clipping costs no
-    pass over memory of its own, and a NaN reaches neither weights nor moments.
-
-    Args:
-        clip_grad: largest norm of the gradient; 0: no clipping.
-
-    Returns:
-        The gradient's norm before clipping, a float32 scalar on the device; not finite where the update was skipped.
-    """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    # 1e-6 as in torch.nn.utils.clip_grad_norm_
-    grad_scale = ((norm + 1e-6) / clip_grad).clamp_min(1.0) if clip_grad else None
-    # where torch.amp.GradScaler leaves them for a fused optimizer
-    vars(optimizer).update(grad_scale=grad_scale, found_inf=(~torch.isfinite(norm)).float())
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-def read_moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """What AdamW remembers of each parameter, on the host: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
-    return {
-        f"{key}.{name}": value.detach().cpu()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def write_moments(model: nn.Module, optimizer: torch.optim.AdamW, moments: dict[str, Tensor]) -> None:
-    """The inverse of `read_moments`."""
-    for name, parameter in model.named_parameters():
-        state = {"step": moments[f"step.{name}"].to(parameter.device, copy=True)}
-        # in the parameter's memory format: the fused kernel walks both as they lie in memory
-        state |= {key: torch.empty_like(parameter).copy_(moments[f"{key}.{name}"]) for key in MOMENTS}
-        optimizer.state[parameter] = state

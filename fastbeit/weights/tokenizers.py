@@ -18,12 +18,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from fastbeit.config.sections import Section
+from fastbeit.config.tokenizer import Architecture
 from fastbeit.errors import TokenizerError
 from fastbeit.files import sha256
 from fastbeit.tokenizer.authors_vae import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder
 from fastbeit.tokenizer.codebook import import_codebook
 from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
-from fastbeit.tokenizer.dvae import Architecture, Decoder, Encoder
+from fastbeit.tokenizer.dvae import Decoder, Encoder
 from fastbeit.weights.pickles import Malformed, TensorSpec, shown
 from fastbeit.weights.torchfile import named_tensors, open_torch
 

@@ -24,7 +24,8 @@ from numpy.lib import format as npy
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from fastbeit.config.sections import Config, Count, Fraction, Positive, Section, Size
+from fastbeit.config.pretrain import Config
+from fastbeit.config.sections import Count, Fraction, Positive, Section, Size
 from fastbeit.data.index.reader import Index
 from fastbeit.errors import DATA_MISSING, USAGE, CacheError, RunError
 from fastbeit.tokenizer.protocol import Tokenizer

@@ -74,11 +74,3 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Convolutions in bf16 where that is wanted, or where there is a GPU and nothing is said."""
     enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-@torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """One step of the exponential moving average of a model's weights (A.2); early steps are forgotten sooner."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(value, weight)

@@ -1,0 +1,88 @@
+"""One pre-training run: the sections it is made of, and whether they fit together.
+
+Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the authors' code)."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fastbeit.config.sections import (
+    DataConfig,
+    EngineConfig,
+    KernelsConfig,
+    LogConfig,
+    MaskingConfig,
+    ModelConfig,
+    OptimConfig,
+    Section,
+    TokenizerConfig,
+)
+
+MAX_GRID = 32  # patches a side that `fastbeit_kernels.block_masks` holds in registers
+
+
+class Config(Section):
+    """One pre-training run."""
+
+    out: str = Field(
+        default="", description="run directory: config, log, checkpoints; the same again continues the run"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run comes from it")
+    objective: Literal["tokens", "pixels"] = Field(
+        default="tokens", description="predict visual tokens, or regress normalised patch pixels (Table 4)"
+    )
+    mask: Literal["blockwise", "random", "none"] = Field(
+        default="blockwise", description="which patches are hidden (Table 4)"
+    )
+    predict: Literal["masked", "all"] = Field(default="masked", description="patches that the loss looks at (Table 4)")
+    profile: bool = Field(default=False, description="write a torch.profiler trace of a few steps to out/profile.json")
+    data: DataConfig = DataConfig()
+    masking: MaskingConfig = MaskingConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        (height, width), (patch_height, patch_width) = self.data.image_size, self.model.patch_size
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Config":
+        for size, patch, axis in zip(self.data.image_size, self.model.patch_size, ("height", "width"), strict=True):
+            if size % patch:
+                raise ValueError(
+                    f"data.image_size: {axis} {size} is not a multiple of model.patch_size {patch}; "
+                    f"try {max(patch, size // patch * patch)}"
+                )
+        if self.mask != "none" and self.masking.num_masked > self.num_patches:
+            raise ValueError(
+                f"masking.num_masked {self.masking.num_masked} is more than the {self.num_patches} patches of a "
+                f"{self.grid[0]}x{self.grid[1]} grid; BEiT masks 40 %: try {max(1, round(0.4 * self.num_patches))}"
+            )
+        if self.mask != "none" and max(self.grid) > MAX_GRID:
+            raise ValueError(
+                f"a grid of {self.grid[0]}x{self.grid[1]} patches: masks are drawn for at most {MAX_GRID} a side; "
+                "take larger patches or smaller images"
+            )
+        if self.mask == "blockwise" and self.masking.min_block > self.masking.num_masked:
+            raise ValueError(
+                f"masking.min_block {self.masking.min_block} is more than masking.num_masked "
+                f"{self.masking.num_masked}: most masks would be empty; lower min_block"
+            )
+        if self.data.tokens and self.objective != "tokens":
+            raise ValueError(
+                f"data.tokens '{self.data.tokens}' holds visual tokens, and objective={self.objective} predicts none; "
+                "leave data.tokens empty"
+            )
+        if self.mask == "none" and self.predict == "masked":
+            raise ValueError("mask=none leaves nothing to predict with predict=masked; set predict=all")
+        return self

@@ -1,0 +1,78 @@
+"""Ranks: who there is, and how they talk on the host."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastbeit.config.sections import EngineConfig
+from fastbeit.cores import num_cores
+from fastbeit.errors import USAGE, RunError
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, and how they talk on the host (gloo, so that no device waits)."""
+
+    rank: int
+    size: int
+    device: torch.device
+    host_group: dist.ProcessGroup | None = None
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Add each value over the ranks; exact for integers below 2**53."""
+        if self.host_group is None:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
+
+    def add(self, values: Tensor) -> Tensor:
+        """Add a tensor over the ranks, in place and on their devices: no host waits."""
+        if self.host_group is not None:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, items: list) -> list:
+        """The ranks' lists, one after the other."""
+        if self.host_group is None:
+            return items
+        parts: list[list] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, items, group=self.host_group)
+        return [item for part in parts for item in part]
+
+    def barrier(self) -> None:
+        self.sum([0])
+
+    def leave(self) -> None:
+        """The last thing a rank does that ended well."""
+        if self.host_group is not None:
+            dist.destroy_process_group()
+
+
+def start_world(engine: EngineConfig) -> World:
+    """Join the ranks that the `deepspeed` launcher or torchrun started; without a launcher there is one."""
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHER.items())
+    has_cuda = torch.cuda.is_available()
+    if engine.device == "cuda" and not has_cuda:
+        raise RunError("engine.device=cuda, but PyTorch sees no CUDA device; set engine.device=cpu", USAGE)
+    on_cuda = has_cuda and engine.device != "cpu"
+    if engine.name == "single" and size > 1:
+        raise RunError(f"engine.name=single runs on one rank, but {size} were started; set engine.name=ddp", USAGE)
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
+        torch.set_num_threads(max(1, num_cores() // local_size))
+    if "RANK" not in os.environ:
+        return World(rank, size, device)
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    host_group = dist.new_group(backend="gloo")
+    assert isinstance(host_group, dist.ProcessGroup)  # of all ranks, so this one is in it
+    return World(rank, size, device, host_group)
+
+
+_LAUNCHER = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}

@@ -1,0 +1,146 @@
+"""Self-attention with relative-position bias (section 2.2; the authors' code); letters as in vit.py."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbeit.config.sections import Size
+
+# a row of the bias starts 16 values after a multiple of 16: fused attention wants aligned rows (197 -> 208)
+BIAS_ALIGNMENT = 16
+
+
+def take(x: Tensor, idx: Tensor) -> Tensor:
+    """Rows of x [B, S, D] at idx [B, M], distinct in an image: [B, M, D]."""
+    return x.gather(1, idx[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def relative_position_index(grid: Size) -> Tensor:
+    """The row of the bias table for each pair of tokens.
+
+    Returns:
+        [S, S] int64, a row for each query. Between patches it is (dy + height - 1) * (2 * width - 1) + dx + width - 1,
+        d = query - key; the table's last three rows are for cls to patch, patch to cls and cls to cls.
+    """
+    height, width = grid
+    y, x = np.divmod(np.arange(height * width), width)
+    num_offsets = (2 * height - 1) * (2 * width - 1)
+    index = np.empty((len(y) + 1, len(y) + 1), dtype=np.int64)
+    index[1:, 1:] = (y[:, None] - y + height - 1) * (2 * width - 1) + x[:, None] - x + width - 1
+    index[0, :], index[:, 0], index[0, 0] = num_offsets, num_offsets + 1, num_offsets + 2
+    return torch.from_numpy(index)
+
+
+def inverse_index(index: Tensor) -> Tensor:
+    """Where each value of `index` stands.
+
+    Args:
+        index: any shape, values from 0 to R - 1, each at least once.
+
+    Returns:
+        [R, C] int64 places in the flattened index, C the count of the most frequent value; short rows end in numel().
+    """
+    values = index.flatten().numpy()
+    counts = np.bincount(values)
+    inverse = np.full((len(counts), counts.max()), values.size)
+    # row-major order of the filled cells is that of the places sorted by value
+    inverse[np.arange(counts.max()) < counts[:, None]] = np.argsort(values, kind="stable")
+    return torch.from_numpy(inverse)
+
+
+class GatherBias(torch.autograd.Function):
+    """table [R, H], index [S, S], inverse [R, C] -> [H, S, S].
+
+    The gradient is a gather and a sum: no atomics, always the same order.
+    """
+
+    @staticmethod
+    def forward(ctx, table: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return table.t().index_select(1, index.flatten()).unflatten(1, index.shape)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (inverse,) = ctx.saved_tensors
+        grad = F.pad(grads[0].flatten(1), (0, 1))  # the zero that short rows of the inverse point at
+        return grad.index_select(1, inverse.flatten()).unflatten(1, inverse.shape).sum(2).t(), None, None
+
+
+def register_bias_table(module: nn.Module, grid: Size, num_heads: int) -> None:
+    """Give `module` a zero table and its index under the authors' names."""
+    index = relative_position_index(grid)
+    module.relative_position_bias_table = nn.Parameter(torch.zeros(int(index.max()) + 1, num_heads))
+    module.register_buffer("relative_position_index", index)
+    module.register_buffer("relative_position_inverse", inverse_index(index), persistent=False)
+
+
+def expand_bias_table(module: nn.Module) -> Tensor:
+    """[H, S, S_pad] float32: the bias of each pair of tokens, rows padded with zeros to `BIAS_ALIGNMENT`."""
+    bias = GatherBias.apply(
+        module.relative_position_bias_table, module.relative_position_index, module.relative_position_inverse
+    )
+    return F.pad(bias, (0, -bias.shape[-1] % BIAS_ALIGNMENT))
+
+
+class RelativePositionBias(nn.Module):
+    """The table that all blocks share in pre-training, expanded once a step (design D8)."""
+
+    def __init__(self, grid: Size, num_heads: int) -> None:
+        super().__init__()
+        register_bias_table(self, grid, num_heads)
+
+    def forward(self) -> Tensor:
+        return expand_bias_table(self)
+
+
+class QKV(nn.Module):
+    """Queries, keys and values in one matrix product; rows of the weight: q, k, v, in each the heads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3 * width, width))
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. Keys have no bias: the softmax would cancel it."""
+
+    def __init__(self, width: int, num_heads: int, table_grid: Size | None) -> None:
+        """
+        Args:
+            table_grid: patches down and across for a bias table of this block's own; None: no such table.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.has_table = table_grid is not None
+        self.qkv = QKV(width)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        if table_grid is not None:
+            register_bias_table(self, table_grid, num_heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor | None, slots: Tensor | None) -> Tensor:
+        """
+        Args:
+            x: [B, S, D].
+            bias: [H, S, S_pad] float32, added to the scaled scores; ignored by a block with its own table.
+            slots: [B, M] tokens whose output is wanted; None: all.
+
+        Returns:
+            [B, M or S, D].
+        """
+        qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        q, k, v = (
+            self.qkv(x, qkv_bias).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each [B, H, S, K]
+        if self.has_table:
+            bias = expand_bias_table(self)
+        if bias is not None:
+            # cast before the slice, so that rows stay aligned; to B images, as the fused backward wants its gradient
+            bias = bias.to(q.dtype)[..., : x.shape[1]].expand(len(x), -1, -1, -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        return self.proj(out if slots is None else take(out, slots))
