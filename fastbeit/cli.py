@@ -10,6 +10,8 @@ from fastbeit.config.read import _explain_config, _explain_fields, _overrides
 from fastbeit.cores import num_cores
 from fastbeit.errors import DONE, USAGE, RunError
 
+NUM_CROPS = 1280  # that a report measures a figure on
+
 HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
 
   fastbeit demo [--data DIR]                       photos to pictures of what was learnt, in minutes, on a CPU
@@ -125,17 +127,9 @@ def _index(args: list[str]) -> int:
     if len(options.source) > 1:
         parser.error(f"one SOURCE is wanted, got {len(options.source)}; put a pattern of files in quotes")
 
-    from fastbeit.data.index.scan import build_index
+    from fastbeit.jobs.index import index
 
-    summary = build_index(options.source[0], options.output)
-    print(summary)
-    listed = options.output.with_name(options.output.name + ".skipped")
-    # one of an earlier index says nothing of this one
-    listed.unlink(missing_ok=True)
-    if summary.skipped:
-        listed.write_text("".join(f"{path!r}: {reason}\n" for path, reason in summary.skipped))
-        print(f"skipped files are listed in {listed}")
-    return DONE
+    return index(options.source[0], options.output)
 
 
 def _check_index(args: list[str]) -> int:
@@ -236,14 +230,14 @@ def _report(args: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("-o", "--output", type=Path, help="the page; RUN/report.html when not given")
-    parser.add_argument("--crops", type=int, default=1280, help="measured of held-out and of training images, each")
+    parser.add_argument(
+        "--crops", type=int, default=NUM_CROPS, help="measured of held-out and of training images, each"
+    )
     options = parser.parse_args(args)
 
-    from fastbeit.jobs.report import verdict, write_report
+    from fastbeit.jobs.report import report
 
-    page, figures = write_report(options.run, options.output, max(1, options.crops))
-    print(f"{verdict(figures)}\nreport: {page}")
-    return DONE
+    return report(options.run, options.output, max(1, options.crops))
 
 
 def _demo(args: list[str]) -> int:
@@ -257,7 +251,7 @@ def _demo(args: list[str]) -> int:
 
     from fastbeit.jobs.demo import run_demo
 
-    return run_demo(options.out, options.data, options.pretrain, [], ["fastbeit", "demo", *args])
+    return run_demo(options.out, options.data, options.pretrain, NUM_CROPS, ["fastbeit", "demo", *args])
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

@@ -7,25 +7,30 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from fastbeit.cli import main
+from fastbeit.config.read import load_config
 from fastbeit.data.demo_photos import gather_photos
 from fastbeit.errors import DONE
 from fastbeit.evaluate.finished_run import Figures
+from fastbeit.jobs.index import index
+from fastbeit.jobs.pretrain import pretrain
+from fastbeit.jobs.report import report
 
 # what the demo promises on the photos of the packages; below it, something is amiss
 WANTED_GAIN, WANTED_TRAIN_GAIN, WANTED_WORDS = 0.3, 0.5, 512
 
 
-def run_demo(out: Path, source: Path | None, overrides: list[str], report: list[str], command: list[str]) -> int:
+def run_demo(out: Path, source: Path | None, overrides: list[str], num_crops: int, command: list[str]) -> int:
     """Gather photos, index them, pre-train with the tokenizer in the box, report; say what was learnt, where to look.
 
     Args:
         source: a folder of photos; None: those of scikit-image, scikit-learn and sporco.
         overrides: `key=value` for pre-training.
-        report: further arguments of `fastbeit report`.
+        num_crops: that each figure of the report is measured on.
         command: what the user typed, said again where the demo stops early.
 
     Returns:
@@ -34,9 +39,9 @@ def run_demo(out: Path, source: Path | None, overrides: list[str], report: list[
     began = time.monotonic()
     num_train, num_held_out = gather_photos(out / "photos", source)
     print(f"{num_train} photos to learn from, {num_held_out} held out, in {out / 'photos'}")
-    for words in _commands(out, overrides, report):
+    for words, job in _jobs(out, overrides, num_crops):
         print(f"\n$ {shlex.join(['fastbeit', *words])}", flush=True)
-        code = main(words)
+        code = job()
         if code != DONE:
             print(f"the demo stopped here; to go on: {shlex.join(command)}", file=sys.stderr)
             return code
@@ -48,17 +53,19 @@ def run_demo(out: Path, source: Path | None, overrides: list[str], report: list[
     return DONE
 
 
-def _commands(out: Path, overrides: list[str], report: list[str]) -> list[list[str]]:
+def _jobs(out: Path, overrides: list[str], num_crops: int) -> Iterator[tuple[list[str], Callable[[], int]]]:
+    """What a user would type after `fastbeit`, and the job that it stands for."""
     indices = {part: out / f"{part}.idx" for part in ("train", "held_out")}
+    for part, path in indices.items():
+        if not path.exists():
+            photos = out / "photos" / part
+            yield ["index", str(photos), "-o", str(path)], partial(index, photos, path)
     data = f"data.index={indices['train']}", f"data.val_index={indices['held_out']}"
-    commands: list[list[object]] = [
-        ["index", out / "photos" / part, "-o", index] for part, index in indices.items() if not index.exists()
-    ]
-    commands += [
-        ["pretrain", _config_file(), f"out={out / 'run'}", *data, *overrides],
-        ["report", out / "run", "-o", out / "report.html", *report],
-    ]
-    return [[str(word) for word in words] for words in commands]
+    file, settings = _config_file(), [f"out={out / 'run'}", *data, *overrides]
+    words = ["pretrain", str(file), *settings]
+    yield words, lambda: pretrain(load_config(file, settings), ["fastbeit", *words])
+    run, page = out / "run", out / "report.html"
+    yield ["report", str(run), "-o", str(page)], partial(report, run, page, num_crops)
 
 
 def _config_file() -> Path:

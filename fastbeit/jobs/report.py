@@ -10,9 +10,16 @@ from typing import Any
 
 import yaml
 
-from fastbeit.errors import USAGE, RunError
+from fastbeit.errors import DONE, USAGE, RunError
 from fastbeit.evaluate.finished_run import Figures, Trained, measure, open_run
 from fastbeit.files import aside, put_in_place
+
+
+def report(run_folder: Path, page: Path | None, num_crops: int) -> int:
+    """Write the page and say what it says first; returns the exit code. Arguments as of `write_report`."""
+    written, figures = write_report(run_folder, page, num_crops)
+    print(f"{verdict(figures)}\nreport: {written}")
+    return DONE
 
 
 def write_report(run_folder: Path, page: Path | None, num_crops: int) -> tuple[Path, Figures]:
