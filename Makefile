@@ -11,6 +11,9 @@ PIP := -m pip install --quiet --disable-pip-version-check
 NO_DEPS := dall-e==0.1 sporco==0.2.2.post1
 CHECK_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is wanted; set PYTHON=")
 
+# a process a core, each with one thread; the tests of a file stay together, and share what they made
+IN_PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+
 .PHONY: env demo test test-long test-floor gpu check format clean
 
 env: $(VENV)/.made
@@ -26,14 +29,14 @@ demo: env
 	$(BIN)/fastbeit demo --out runs/demo $(if $(DATA),--data '$(DATA)')
 
 test: env
-	$(BIN)/python -m pytest -m 'not long'
+	$(BIN)/python -m pytest -m 'not long' $(IN_PARALLEL)
 
 test-long: env
 	$(BIN)/python -m pytest -m long
 
 # downloads PyTorch with CUDA, 5.5 GB once installed; of several Pythons each wants an environment of its own: FLOOR=
 test-floor: $(FLOOR)/.made
-	$(FLOOR)/bin/python -m pytest -m 'not long'
+	$(FLOOR)/bin/python -m pytest -m 'not long' $(IN_PARALLEL)
 
 $(FLOOR)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -c '$(CHECK_PYTHON)'

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tiny import make_parts, write_config
 from waiting import finished
 
 DEEPSPEED = "deepspeed", "--num_gpus", "2", "--module", "fastbeit"
-TORCHRUN = "torchrun", "--nproc-per-node", "2", "-m", "fastbeit"
+TORCHRUN = "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "fastbeit"
 SINGLE = sys.executable, "-m", "fastbeit"
 
 
@@ -24,7 +25,7 @@ def run(tmp_path_factory):
     parts = [f"{key}={value}" for key, value in make_parts(folder).items()]
 
     def run(out: str, launcher: tuple[str, ...], *overrides: str) -> Path:
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MASTER_PORT": "29611"}
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port())}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         command = [*launcher, "pretrain", str(config), *parts, f"out={folder / out}", *overrides]
         done = finished(command, env=environment)
@@ -32,6 +33,12 @@ def run(tmp_path_factory):
         return folder / out
 
     return run
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
 
 
 def losses(out: Path) -> list[float]:

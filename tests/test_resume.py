@@ -137,7 +137,7 @@ def test_ranks_stop_together_when_the_disk_vanishes(tmp_path):
     settings = [f"{key}={value}" for key, value in parts.items()] + ["optim.steps=1000000", "data.num_workers=1"]
     out, photos = tmp_path / "run", tmp_path / "parts/photos"
     command = ["-m", "fastbeit", "pretrain", str(write_config(tmp_path / "tiny.yaml")), *settings, f"out={out}"]
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with started([*ranks, *command], stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(process, out, 5)
         photos.rename(tmp_path / "unmounted")

@@ -52,7 +52,7 @@ JITTERS = {
 
 @pytest.mark.parametrize("jitter", list(JITTERS))
 @pytest.mark.parametrize("kind", ["small", "large"])
-def test_pipelines_agree_with_the_reference(index, large_index, tokenizer, kind, jitter, capsys):
+def test_pipelines_agree_with_the_reference(index, large_index, tokenizer, kind, jitter, say):
     options, bound, large_bound = JITTERS[jitter]
     if kind == "large":
         index, bound = large_index, large_bound
@@ -68,16 +68,15 @@ def test_pipelines_agree_with_the_reference(index, large_index, tokenizer, kind,
         }
         equal = [tokenizer.encode(a.token_images) == b for a, b in zip(found, words, strict=True)]
         share = torch.cat(equal).float().mean().item()
-        with capsys.disabled():
-            means = ", ".join(
-                f"{view} {values.mean():.1f} dB (least {values.min():.1f})" for view, values in ratios.items()
-            )
-            print(f"\n{pipeline}, {kind} photos, {jitter}: {means}, equal tokens {share:.1%}")
+        means = ", ".join(
+            f"{view} {values.mean():.1f} dB (least {values.min():.1f})" for view, values in ratios.items()
+        )
+        say(f"{pipeline}, {kind} photos, {jitter}: {means}, equal tokens {share:.1%}")
         assert all(values.mean() >= bound and values.min() >= bound - 15 for values in ratios.values())
         assert share >= 0.85
 
 
-def test_lanczos_by_pillow_gives_the_same_tokens(index, tokenizer, capsys, monkeypatch):
+def test_lanczos_by_pillow_gives_the_same_tokens(index, tokenizer, say, monkeypatch):
     """As before PyTorch 2.13, whose Lanczos is a level away in one pixel of a hundred."""
     options = {"image_size": 224, "token_size": (112, 112), "batch_size": len(index), "num_steps": 3}
     here = batches(index, **options)
@@ -87,8 +86,7 @@ def test_lanczos_by_pillow_gives_the_same_tokens(index, tokenizer, capsys, monke
         tokenizer.encode(a.token_images) == tokenizer.encode(b.token_images) for a, b in zip(here, there, strict=True)
     ]
     share = torch.cat(equal).float().mean().item()
-    with capsys.disabled():
-        print(f"\nLanczos by torch against Pillow: equal tokens {share:.2%}")
+    say(f"Lanczos by torch against Pillow: equal tokens {share:.2%}")
     assert share > 0.98 and all(torch.equal(a.images, b.images) for a, b in zip(here, there, strict=True))
 
 
@@ -168,7 +166,7 @@ def test_jitter_on_the_crop_sees_the_crop_alone(index):
             assert all(np.unique(view).size == 1 and abs(int(view[0, 0, 0]) - grey) <= 1 for view in views)
 
 
-def test_what_jitter_on_the_crop_changes(index, tokenizer, capsys):
+def test_what_jitter_on_the_crop_changes(index, tokenizer, say):
     """Jitter on the crop is another recipe, not a rounding."""
     shape = {"image_size": 224, "token_size": (112, 112), "batch_size": len(index), "num_steps": 3}
     full, crop = (batches(index, pipeline="pillow", jitter_on=on, **shape) for on in ("full_image", "crop"))
@@ -176,8 +174,7 @@ def test_what_jitter_on_the_crop_changes(index, tokenizer, capsys):
     change = np.mean([(a.images.int() - b.images.int()).abs().float().mean().item() for a, b in pairs])
     words = [tokenizer.encode(a.token_images) == tokenizer.encode(b.token_images) for a, b in pairs]
     share = torch.cat(words).float().mean().item()
-    with capsys.disabled():
-        print(f"\njitter_on=crop against full_image: {change:.2f} levels a pixel on average, equal tokens {share:.1%}")
+    say(f"jitter_on=crop against full_image: {change:.2f} levels a pixel on average, equal tokens {share:.1%}")
     assert 0.5 < change < 5
 
 

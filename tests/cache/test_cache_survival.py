@@ -241,7 +241,7 @@ def test_a_cache_says_in_what_precision_it_was_made(train, parts, tokens, tmp_pa
 
 def test_ranks_may_come_and_go(many, many_tokens, tmp_path, monkeypatch):
     """Two, stopped; one, killed; two to the end."""
-    folder, torchrun = tmp_path / "tokens", ("torchrun", "--nproc-per-node", "2")
+    folder, torchrun = tmp_path / "tokens", ("torchrun", "--standalone", "--nproc-per-node", "2")
     with job_of(many, folder, *torchrun) as job:
         wait_until(job, lambda: num_lines(folder, "000") and num_lines(folder, "001"))
         os.killpg(job.pid, signal.SIGTERM)

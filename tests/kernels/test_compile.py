@@ -7,6 +7,7 @@ was decorated under TRITON_INTERPRET=1 cannot be compiled.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 
@@ -53,9 +54,8 @@ def rows(table: str) -> list[Row]:
     return [(case, target, results[(*case.name, target)]) for case in cases() for target in TARGETS]
 
 
-def test_every_kernel_compiles(table: str, capsys: pytest.CaptureFixture[str]):
-    with capsys.disabled():
-        print(f"\n{table}")
+def test_every_kernel_compiles(table: str, say: Callable[[str], None]):
+    say(table)
     names = [case.name for case in cases()]
     assert len(set(names)) == len(names), "two cases of one name: one of them would not be looked at"
     assert len(table.splitlines()) == 1 + len(names) * len(TARGETS)

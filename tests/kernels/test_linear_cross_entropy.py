@@ -313,7 +313,7 @@ def peak_bytes(fn: Callable[..., Tensor], dtype: torch.dtype) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]):
+def test_memory(dtype: torch.dtype, say: Callable[[str], None]):
     """At most what PyTorch's own chunks take, and a quarter of what logits in memory do."""
     ours = peak_bytes(lambda *args: linear_cross_entropy(*args)[0], dtype)
     eager = peak_bytes(lambda *args: linear_cross_entropy_reference(*args)[0], dtype)
@@ -323,8 +323,7 @@ def test_memory(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]):
         peaks["PyTorch's chunks"] = peak_bytes(
             lambda h, w, b, y: F.linear_cross_entropy(h, w, y, linear_bias=b, options=options), dtype
         )
-    with capsys.disabled():
-        print(f"\npeak MB in {dtype}:", ", ".join(f"{who} {peak / 1e6:.1f}" for who, peak in peaks.items()))
+    say(f"peak MB of the loss in {dtype}: " + ", ".join(f"{who} {peak / 1e6:.1f}" for who, peak in peaks.items()))
     assert ours == min(peaks.values()) and ours <= eager / 4
 
 
