@@ -26,11 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.card import cuda_laps, environment, host_laps
 from benchmarks.results import Row, figures, first_line, write_json
 from benchmarks.sdpa import SdpaChoices
+from fastbeit import masking
 from fastbeit.config.pretrain import Config
 from fastbeit.data.sampling import drop_path_keep
 from fastbeit.engine.protocol import make_engine
 from fastbeit.engine.ranks import World
-from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import make_beit
 from fastbeit.train.optim import learning_rate, make_optimizer, set_learning_rate
 
@@ -73,12 +73,11 @@ def draw_inputs(config: Config, device: torch.device, number: int) -> Inputs:
     images = torch.randint(256, (B, height, width, 3), generator=gen, device=device, dtype=torch.uint8)
     tokens = torch.randint(VOCAB_SIZE, (B, config.num_patches), generator=gen, device=device)
     sample = torch.arange(B, device=device) + number * B
-    rule = config.mask, config.masking, config.grid, config.seed
-    masks = draw_masks(*rule, torch.zeros_like(sample), sample, config.kernels.backend)
-    plan = plan_prediction(masks, config.num_patches, config.predict, tokens)
+    slots = masking.draw(masking.rule_of(config), torch.zeros_like(sample), sample)
+    labels = masking.label(slots, tokens)
     rates = [config.model.drop_path * i / max(1, config.model.depth - 1) for i in range(config.model.depth)]
-    keep = torch.from_numpy(drop_path_keep(config.seed, number, sample.cpu().numpy(), rates)).to(device)
-    return images, plan.masked, plan.predict_idx, plan.labels, keep
+    keep = torch.from_numpy(drop_path_keep(config.seed, number, sample.cpu().numpy(), rates))
+    return images, slots.masked, slots.predict_idx, labels, keep.permute(2, 0, 1).to(device)
 
 
 def flops_per_image(config: Config) -> int:
@@ -95,10 +94,8 @@ def flops_per_image(config: Config) -> int:
 
 def attention_choices(model: nn.Module, inputs: Inputs, device: torch.device) -> str:
     """What SDPA takes in a forward of training, on two images; a compiled model asks with the same arguments."""
-    images, masked, predict_idx, labels, keep = inputs
-    few = images[:2], masked[:2], predict_idx[:2], labels[:2], keep[..., :2]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"), SdpaChoices() as choices:
-        model(*few)
+        model(*(tensor[:2] for tensor in inputs))
     return str(choices)
 
 
@@ -110,10 +107,10 @@ class Training:
         torch.manual_seed(config.seed)
         model = make_beit(config, VOCAB_SIZE).to(world.device)
         inputs = [draw_inputs(config, world.device, number) for number in range(NUM_BATCHES)]
-        counts = [(labels != UNUSED).sum().clamp_min(1) for _, _, _, labels, _ in inputs]
+        counts = [(labels != masking.UNUSED).sum().clamp_min(1) for _, _, _, labels, _ in inputs]
         self.sdpa = attention_choices(model, inputs[0], world.device)
         self.optimizer = make_optimizer(model, config.optim)
-        self.engine = make_engine(config, model, self.optimizer, world)
+        self.engine = make_engine(config.engine, config.optim, model, self.optimizer, world)
         self.batches = itertools.cycle(zip(inputs, counts, strict=True))
         self.num_steps = 0
         self.loss = torch.zeros(())

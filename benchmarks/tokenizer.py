@@ -26,12 +26,12 @@ from torch import Tensor
 from benchmarks.card import cuda_clock, environment
 from benchmarks.kernels.__main__ import medians
 from benchmarks.memory import PeakMemory
+from fastbeit import masking
 from fastbeit.config.pretrain import Config
 from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.demo_photos import gather_photos
 from fastbeit.engine.protocol import make_engine
 from fastbeit.engine.ranks import World
-from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import make_beit
 from fastbeit.tokenizer.cache.reader import FORMAT, Card, Recipe, TokenCache, npy_header, view_path
 from fastbeit.tokenizer.disk import load_tokenizer
@@ -156,7 +156,7 @@ def open_random_cache(folder: Path) -> TokenCache:
 def step(args: argparse.Namespace, device: torch.device) -> list[Row]:
     config, batch = Config(), args.step_batch
     model = make_beit(config, vocab_size=8192).to(device)
-    engine = make_engine(config, model, make_optimizer(model, config.optim), World(0, 1, device))
+    engine = make_engine(config.engine, config.optim, model, make_optimizer(model, config.optim), World(0, 1, device))
     dtype = encoding_dtype("auto", device)
     encoder = FastEncoder(Encoder(Architecture()).to(device), dtype)
     images, views = random_images(batch, config.data.image_size, device), random_images(batch, VIEW, device)
@@ -164,10 +164,10 @@ def step(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
     def train(tokens: Tensor) -> None:
         ids = sample.to(device)
-        masks = draw_masks(config.mask, config.masking, config.grid, 0, torch.zeros_like(ids), ids, "auto")
-        plan = plan_prediction(masks, config.num_patches, config.predict, tokens)
-        inputs = images, plan.masked, plan.predict_idx, plan.labels, None
-        engine.accumulate(inputs, (plan.labels != UNUSED).sum(), is_last=True)
+        slots = masking.draw(masking.rule_of(config), torch.zeros_like(ids), ids)
+        labels = masking.label(slots, tokens)
+        inputs = images, slots.masked, slots.predict_idx, labels, None
+        engine.accumulate(inputs, (labels != masking.UNUSED).sum(), is_last=True)
         engine.step()
 
     @torch.no_grad()

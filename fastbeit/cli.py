@@ -21,7 +21,7 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
                                                    train a dVAE of your own on them
   fastbeit tokenizer fetch -o DIR                  or take OpenAI's, of the paper: downloaded,
   fastbeit tokenizer import FILE [FILE] -o DIR     or from weights that you have; nothing in them is run
-  fastbeit tokenize CONFIG data.views=K            tokens of K crops an image ahead of time; pretrain data.tokens=tokens
+  fastbeit tokenize CONFIG data.num_crops=K        tokens of K crops an image ahead of time; pretrain data.tokens=tokens
   fastbeit data show CONFIG [-o sheet.png]         a picture of what training sees: crops, token views, masks
   fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues
   fastbeit report RUN                              pictures and the HTML page of a run
@@ -76,15 +76,15 @@ def _pretrain(args: list[str]) -> int:
 def _tokenize(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit tokenize",
-        description="Tokens of data.views crops of each image, those that `fastbeit pretrain` will draw with the same "
-        "CONFIG and keys; the same command again continues. Runs under the launchers of several ranks too.",
+        description="Tokens of data.num_crops crops of each image, those that `fastbeit pretrain` will draw with the "
+        "same CONFIG and keys; the same command again continues. Runs under the launchers of several ranks too.",
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="as for `fastbeit pretrain`")
     parser.add_argument(
         "settings",
         nargs=argparse.REMAINDER,
         metavar="key=value",
-        help="data.views=K; data.tokens=DIR is where they go (tokens)",
+        help="data.num_crops=K; data.tokens=DIR is where they go (tokens)",
     )
     parser.add_argument("--info", type=Path, metavar="DIR", help="check the tokens in DIR, and say what they are")
     options = parser.parse_args(args)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import MaskingConfig
 from fastbeit_kernels.backend import Backend
 from fastbeit_kernels.block_masks import ATTEMPTS, block_masks, random_masks
@@ -31,12 +32,45 @@ class Masks:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What the model is given beside the images."""
+class Slots:
+    """Which patches the model does not see, and which it predicts, in as many slots for each image."""
 
-    masked: Tensor  # [B, N] bool: patches that the model does not see
-    predict_idx: Tensor  # [B, M] int64: patches that it predicts, distinct in an image
-    labels: Tensor  # [B, M] int64: their visual tokens, UNUSED in slots that the loss leaves out
+    masked: Tensor  # [B, N] bool
+    predict_idx: Tensor  # [B, M] int64, distinct in an image
+    used: Tensor  # [B, M] bool: slots that the loss looks at
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How a run masks."""
+
+    kind: Literal["blockwise", "random", "none"]
+    masking: MaskingConfig
+    grid: tuple[int, int]
+    seed: int
+    predict: Literal["masked", "all"] = "masked"
+    backend: Backend = "auto"
+
+
+def rule_of(config: Config) -> MaskRule:
+    return MaskRule(config.mask, config.masking, config.grid, config.seed, config.predict, config.kernels.backend)
+
+
+def draw(rule: MaskRule, epoch: Tensor, sample: Tensor) -> Slots:
+    """The slots of some samples, [B] int64, on their device: a function of (seed, epoch, sample)."""
+    masks = draw_masks(rule.kind, rule.masking, rule.grid, rule.seed, epoch, sample, rule.backend)
+    return slots_of(masks, rule.grid[0] * rule.grid[1], rule.predict)
+
+
+def label(slots: Slots, visual_tokens: Tensor | None) -> Tensor:
+    """What is to be predicted in each slot, [B, M] int64: its visual token, or UNUSED.
+
+    Args:
+        visual_tokens: [B, N] int64; None when pixels are regressed: the label of a used slot is then 0.
+    """
+    idx = slots.predict_idx
+    labels = torch.zeros_like(idx) if visual_tokens is None else visual_tokens.gather(1, idx)
+    return labels.masked_fill(~slots.used, UNUSED)
 
 
 def blockwise_mask(rng, grid: tuple[int, int], num_masked: int, min_block: int, min_aspect: float) -> np.ndarray:
@@ -94,19 +128,12 @@ def draw_masks(
     return Masks(*block_masks(seed, epoch, sample, grid, *rule, backend))
 
 
-def plan_prediction(
-    masks: Masks, num_patches: int, predict: Literal["masked", "all"], visual_tokens: Tensor | None = None
-) -> Prediction:
-    """What to hide, what to predict, and the labels (Table 4: masked patches only, or all of them).
-
-    Args:
-        visual_tokens: [B, N] int64; None when pixels are regressed: the label of a used slot is then 0.
-    """
+def slots_of(masks: Masks, num_patches: int, predict: Literal["masked", "all"]) -> Slots:
+    """What to hide and what to predict (Table 4: masked patches only, or all of them)."""
     slots, num_masked = masks.masked_idx, masks.num_masked
     used = torch.arange(slots.shape[1], device=slots.device) < num_masked[:, None]  # [B, M]
     masked = torch.zeros(len(slots), num_patches, dtype=torch.bool, device=slots.device).scatter_(1, slots, used)
     if predict == "all":
         slots = torch.arange(num_patches, device=slots.device).expand(len(slots), -1)
         used = torch.ones_like(masked)
-    labels = torch.zeros_like(slots) if visual_tokens is None else visual_tokens.gather(1, slots)
-    return Prediction(masked, slots, labels.masked_fill(~used, UNUSED))
+    return Slots(masked, slots, used)

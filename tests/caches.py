@@ -16,7 +16,7 @@ COMMAND = ["fastbeit", "tokenize", "tiny.yaml"]
 
 
 def configured(parts, **overrides) -> Config:
-    settings = {"data.views": VIEWS, **parts, **overrides}
+    settings = {"data.num_crops": VIEWS, **parts, **overrides}
     path = settings.pop("config")
     return load_config(path, [f"{key.replace('__', '.')}={value}" for key, value in settings.items()])
 

@@ -19,7 +19,7 @@ from waiting import PATIENCE_S, started, wait_until
 
 MODEL = ["model.width=32", "model.depth=1", "model.mlp_width=32", "data.image_size=32", "masking.num_masked=6"]
 STEPS = ["optim.steps=4", "optim.batch_size=8", "optim.warmup_steps=1", "log.every=1", "log.save_every=2"]
-PRETRAIN = [*MODEL, *STEPS, "data.num_workers=0", "log.val_every=0", "log.val_views=1"]
+PRETRAIN = [*MODEL, *STEPS, "data.num_workers=0", "log.val_every=0", "log.val_crops=1"]
 CROPS = 64
 COMMAND = ["fastbeit", "demo"]
 

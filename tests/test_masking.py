@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastbeit import masking
+from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import MaskingConfig
 from fastbeit.data.sampling import Purpose, uniform
-from fastbeit.masking import UNUSED, Masks, blockwise_mask, draw_masks, plan_prediction
+from fastbeit.masking import UNUSED, MaskRule, Masks, blockwise_mask, draw, draw_masks, label, rule_of, slots_of
 
 GRID = 14, 14
 
@@ -33,7 +34,7 @@ def samples(num: int, first: int = 0, epoch: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def as_bool(masks: Masks, num_patches: int) -> np.ndarray:
-    return plan_prediction(masks, num_patches, "masked").masked.numpy()
+    return slots_of(masks, num_patches, "masked").masked.numpy()
 
 
 class CountedStream:
@@ -151,9 +152,9 @@ def test_random_masks_are_the_smallest_numbers(grid, num_masked):
 def test_no_mask():
     masks = draw_masks("none", OFFICIAL, GRID, 0, *samples(3))
     assert masks.masked_idx.shape == (3, 0) and masks.num_masked.tolist() == [0, 0, 0]
-    prediction = plan_prediction(masks, 196, "all", torch.arange(3 * 196).view(3, 196))
-    assert not prediction.masked.any()
-    assert torch.equal(prediction.labels, torch.arange(3 * 196).view(3, 196))
+    slots, tokens = slots_of(masks, 196, "all"), torch.arange(3 * 196).view(3, 196)
+    assert not slots.masked.any()
+    assert torch.equal(label(slots, tokens), tokens)
 
 
 @pytest.mark.parametrize("kind", ["blockwise", "random"])
@@ -170,9 +171,9 @@ def test_a_mask_belongs_to_its_sample(kind):
 def test_nothing_fits():
     """The smallest block fills the window: every image stays whole, and the generator ends."""
     masks = draw_masks("blockwise", settings(num_masked=16), (4, 4), 0, *samples(64))
-    prediction = plan_prediction(masks, 16, "masked", torch.zeros(64, 16, dtype=torch.int64))
+    labels = label(slots_of(masks, 16, "masked"), torch.zeros(64, 16, dtype=torch.int64))
     assert masks.masked_idx.shape == (64, 16)
-    assert torch.equal((prediction.labels != UNUSED).sum(1), masks.num_masked)
+    assert torch.equal((labels != UNUSED).sum(1), masks.num_masked)
     nowhere = draw_masks("blockwise", settings(num_masked=1), (1, 1), 0, *samples(4))
     assert nowhere.num_masked.tolist() == [0] * 4
     assert draw_masks("blockwise", OFFICIAL, GRID, 0, *samples(0)).masked_idx.shape == (0, 75)
@@ -189,11 +190,19 @@ def test_prediction():
     """Image 0 has two masked patches in three slots, image 1 has three."""
     masks = Masks(torch.tensor([[1, 4, 0], [0, 2, 5]]), torch.tensor([2, 3]))
     tokens = torch.tensor([[10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25]])
-    some = plan_prediction(masks, 6, "masked", tokens)
+    some = slots_of(masks, 6, "masked")
     assert some.masked.int().tolist() == [[0, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 1]]
     assert some.predict_idx.tolist() == [[1, 4, 0], [0, 2, 5]]
-    assert some.labels.tolist() == [[11, 14, UNUSED], [20, 22, 25]]
-    every = plan_prediction(masks, 6, "all", tokens)
-    assert torch.equal(every.masked, some.masked) and torch.equal(every.labels, tokens)
+    assert label(some, tokens).tolist() == [[11, 14, UNUSED], [20, 22, 25]]
+    every = slots_of(masks, 6, "all")
+    assert torch.equal(every.masked, some.masked) and torch.equal(label(every, tokens), tokens)
     assert every.predict_idx.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
-    assert plan_prediction(masks, 6, "masked").labels.tolist() == [[0, 0, UNUSED], [0, 0, 0]]
+    assert label(some, None).tolist() == [[0, 0, UNUSED], [0, 0, 0]]
+
+
+def test_the_rule_of_a_run_draws_its_masks():
+    config = Config()
+    rule = rule_of(config)
+    assert rule == MaskRule("blockwise", OFFICIAL, GRID, 0, "masked", "auto")
+    slots = draw(rule, *samples(3))
+    assert torch.equal(slots.predict_idx, draw_masks("blockwise", OFFICIAL, GRID, 0, *samples(3)).masked_idx)

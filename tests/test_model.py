@@ -1,7 +1,7 @@
 """The model: the authors' names and numbers, Hugging Face's outputs and gradients, and what each decision keeps."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastbeit.config.sections import MaskingConfig, ModelConfig
-from fastbeit.masking import UNUSED, Prediction, draw_masks, plan_prediction
+from fastbeit.masking import UNUSED, MaskRule, draw, label
 from fastbeit.model.attention import Attention, GatherBias, RelativePositionBias, inverse_index, relative_position_index
 from fastbeit.model.beit import Beit
 from huggingface import build_huggingface, to_huggingface
@@ -35,6 +35,14 @@ def build(image_size=(224, 224), num_outputs=8192, objective: Any = "tokens", **
     )
 
 
+class Prediction(NamedTuple):
+    """What the model is given beside the images."""
+
+    masked: Tensor
+    predict_idx: Tensor
+    labels: Tensor
+
+
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
     """Away from the start, where zeros and ones hide errors: weights that keep the variance, peaked attention."""
@@ -51,8 +59,9 @@ def inputs(image_size=(224, 224), grid=(14, 14), num_masked=75, num_words=8192, 
     tokens = torch.randint(0, num_words, (batch, grid[0] * grid[1]))
     kind, predict = ("blockwise", "masked") if num_masked else ("none", "all")
     config = MaskingConfig.model_validate({"num_masked": num_masked or 1, "min_block": min(num_masked, 16) or 1})
-    masks = draw_masks(kind, config, grid, 10, torch.zeros(batch, dtype=torch.int64), torch.arange(batch))
-    return images, plan_prediction(masks, tokens.shape[1], predict, tokens)
+    rule = MaskRule(kind, config, grid, 10, predict)
+    slots = draw(rule, torch.zeros(batch, dtype=torch.int64), torch.arange(batch))
+    return images, Prediction(slots.masked, slots.predict_idx, label(slots, tokens))
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -234,6 +243,7 @@ def test_last_block_on_slots_alone(variant):
     randomise(model)
     images, prediction = inputs((32, 32), (8, 8), num_masked=20, num_words=50, batch=3)
     keep = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]], [[2.0, 0.0, 1.5], [0.0, 1.5, 1.0]]])
+    keep = keep.permute(2, 0, 1)
     shapes = []
     model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
 
@@ -313,7 +323,7 @@ def test_each_block_has_its_keep():
     assert torch.equal(model.logits(images, prediction.masked, keep=torch.zeros(2, 2, 2)), bare)
     for block in range(2):
         keep = torch.zeros(2, 2, 2)
-        keep[block] = 1
+        keep[:, block] = 1
         assert not torch.allclose(model.logits(images, prediction.masked, keep=keep), bare)
 
 

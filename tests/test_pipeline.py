@@ -93,7 +93,7 @@ def test_workers_change_nothing(index, pipeline):
 
 def test_views_come_round(index):
     def images(step, views):
-        (batch,) = batches(index, batch_size=7, first_step=step, num_steps=step + 1, views=views)
+        (batch,) = batches(index, batch_size=7, first_step=step, num_steps=step + 1, num_crops=views)
         return batch.images[batch.sample.argsort()], batch.sample
 
     (first, order), (second, _), (third, other_order) = (images(step, 2) for step in range(3))

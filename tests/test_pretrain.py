@@ -110,7 +110,7 @@ def test_micro_batches_change_nothing_but_rounding(train):
         {"data__pipeline": "dali"},
         {"optim__weight_decay": 0, "optim__clip_grad": 0},
         {"engine__precision": "bf16"},
-        {"data__views": 2},
+        {"data__num_crops": 2},
     ],
     ids=str,
 )
@@ -223,17 +223,17 @@ def test_a_file_gone_bad_is_replaced_counted_and_named(train, parts, tmp_path):
 
 
 def test_a_disk_that_vanishes_stops_the_run_with_a_checkpoint(train, tmp_path, monkeypatch):
-    photos, rate = make_photos(tmp_path / "photos"), fastbeit.jobs.pretrain.learning_rate
+    photos, keep = make_photos(tmp_path / "photos"), fastbeit.jobs.pretrain.drop_path_keep
     build_index(photos, tmp_path / "images.idx", progress=False)
     options = {"data.index": tmp_path / "images.idx", "optim__steps": 8}
     _, whole = train("whole", **options)
 
-    def vanish(step, *rest):
+    def vanish(seed, step, *rest):
         if step == 4:
             photos.rename(tmp_path / "unmounted")
-        return rate(step, *rest)
+        return keep(seed, step, *rest)
 
-    monkeypatch.setattr("fastbeit.jobs.pretrain.learning_rate", vanish)
+    monkeypatch.setattr("fastbeit.jobs.pretrain.drop_path_keep", vanish)
     with pytest.raises(RunError, match=r"photos' is gone, or not mounted; last checkpoint: .*step-000005$") as caught:
         train(**options)
     assert caught.value.exit_code == 66
@@ -244,10 +244,16 @@ def test_a_disk_that_vanishes_stops_the_run_with_a_checkpoint(train, tmp_path, m
 
 
 def test_too_many_bad_files_stop_the_run_with_a_checkpoint(train, tmp_path, monkeypatch):
-    photos = make_photos(tmp_path / "photos")
+    photos, keep = make_photos(tmp_path / "photos"), fastbeit.jobs.pretrain.drop_path_keep
     build_index(photos, tmp_path / "images.idx", progress=False)
-    (photos / "03.jpg").write_bytes(b"")
-    monkeypatch.setattr("fastbeit.data.loader.bad_limit", lambda num_images: 0)
+    monkeypatch.setattr("fastbeit.train.bad_samples.bad_limit", lambda num_images: 0)
+
+    def damage(seed, step, *rest):
+        if step == 3:
+            (photos / "03.jpg").write_bytes(b"")
+        return keep(seed, step, *rest)
+
+    monkeypatch.setattr("fastbeit.jobs.pretrain.drop_path_keep", damage)
     with pytest.raises(RunError, match=r"1 bad images, more than .*bad_samples.jsonl.*checkpoint: .*step") as caught:
         train(**{"data.index": tmp_path / "images.idx"}, optim__steps=50)
     assert caught.value.exit_code == 65

@@ -124,7 +124,7 @@ def test_what_has_no_token_view_shows_none_and_says_why(parts, tmp_path, capsys)
     folder = tmp_path / "tokens"
     assert caches.make(parts, folder) == 0
     words = f"of 32 words, from data.tokens '{folder}'"
-    cached = parts | {"data.tokens": folder, "data.views": caches.VIEWS}
+    cached = parts | {"data.tokens": folder, "data.num_crops": caches.VIEWS}
     for these, reason in ((cached, words), (parts | {"objective": "pixels"}, "none, pixels are regressed")):
         capsys.readouterr()
         sheet, seen, config = shown(these, tmp_path)

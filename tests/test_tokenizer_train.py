@@ -1,5 +1,6 @@
 """A dVAE of one's own: the loss is the paper's, the start is usable, a resumed training is the uninterrupted one."""
 
+import copy
 import json
 import math
 import signal
@@ -21,12 +22,18 @@ from fastbeit.tokenizer.dvae import Decoder, Encoder, one_hot, to_mapped
 from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.tokenizer.quality import WordUsage, measure_quality, word_usage
 from fastbeit.tokenizer.training.kmeans_start import kmeans, nearest, solve_both_ends
-from fastbeit.tokenizer.training.objective import DvaeTrainer, draw_words, logit_laplace, usage_entropy
-from fastbeit.train.ema import follow
+from fastbeit.tokenizer.training.objective import DvaeTrainer, draw_words, gumbel_noise, logit_laplace, usage_entropy
+from fastbeit.train.ema import Average
 from fastbeit.train.log import RunLog
 from tiny import make_photos
 
-TINY = {"image_size": 32, "n_hid": 8, "n_init": 16, "vocab_size": 24, "batch_size": 8, "num_workers": 0, "log_every": 1}
+TINY = {
+    "data": {"image_size": 32, "num_workers": 0},
+    "model": {"n_hid": 8, "n_init": 16, "vocab_size": 24},
+    "optim": {"batch_size": 8, "steps": 6},
+    "engine": {"device": "cpu"},
+    "log": {"every": 1, "save_every": 500, "keep": 1},
+}
 COMMAND = ["fastbeit", "tokenizer", "train"]
 
 
@@ -54,11 +61,19 @@ def crops(index_path: Path, num_images: int, seed: int = 0) -> torch.Tensor:
 
 
 def config(**changes) -> TokenizerTrainConfig:
-    return TokenizerTrainConfig.model_validate({"steps": 6, **TINY, **changes})
+    """With `section__key=value` changed."""
+    values = copy.deepcopy(TINY)
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (values.setdefault(section, {}) if section else values)[key] = value
+    return TokenizerTrainConfig.model_validate(values)
 
 
-def drawing(step: int) -> torch.Generator:
-    return torch.Generator().manual_seed(step)
+def step_of(trainer: DvaeTrainer, images: torch.Tensor, step: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """What the model gives for a step, with noise of this seed."""
+    of, B = trainer.config, len(images)
+    noise = gumbel_noise((B, of.model.vocab_size, 4, 4), torch.Generator().manual_seed(seed))
+    return trainer(images, noise, torch.full((B,), of.temperature_at(step)), torch.full((B,), of.kl_weight_at(step)))
 
 
 def weights(out: Path) -> bytes:
@@ -78,7 +93,7 @@ def test_logit_laplace_is_a_density_on_the_unit_interval(location, log_scale):
 
 def test_words_are_drawn_as_their_logits_say():
     logits = torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 200, 200)
-    words = draw_words(logits, 0.5, torch.Generator().manual_seed(0))
+    words = draw_words(logits, gumbel_noise((1, 3, 200, 200), torch.Generator().manual_seed(0)), 0.5)
     assert torch.allclose(words.sum(1), torch.ones(1, 200, 200)) and torch.allclose(words.amax(1), torch.ones(200, 200))
     # the standard error of a share of 40,000 is at most 0.0025
     torch.testing.assert_close(words.mean((0, 2, 3)), torch.tensor([0.0, 1.0, 2.0]).softmax(0), atol=0.01, rtol=0)
@@ -86,8 +101,8 @@ def test_words_are_drawn_as_their_logits_say():
 
 def test_the_gradient_of_a_drawn_word_is_that_of_the_relaxation():
     logits, taste = torch.randn(2, 5, 3, 3, requires_grad=True), torch.randn(2, 5, 3, 3)
-    (grad,) = torch.autograd.grad((draw_words(logits, 0.7, torch.Generator().manual_seed(1)) * taste).sum(), logits)
-    noise = -torch.empty(2, 5, 3, 3).exponential_(generator=torch.Generator().manual_seed(1)).log()
+    noise = gumbel_noise((2, 5, 3, 3), torch.Generator().manual_seed(1))
+    (grad,) = torch.autograd.grad((draw_words(logits, noise, 0.7) * taste).sum(), logits)
     (wanted,) = torch.autograd.grad((((logits + noise) / 0.7).softmax(1) * taste).sum(), logits)
     torch.testing.assert_close(grad, wanted)
 
@@ -96,7 +111,8 @@ def test_the_drawn_words_of_a_step_are_a_function_of_seed_and_step():
     logits = torch.zeros(1, 24, 8, 8)
 
     def draw(seed: int, step: int) -> list[int]:
-        return draw_words(logits, 1.0, step_generator(seed, step, logits.device)).argmax(1).flatten().tolist()
+        noise = gumbel_noise((1, 24, 8, 8), step_generator(seed, step, logits.device))
+        return draw_words(logits, noise, 1.0).argmax(1).flatten().tolist()
 
     assert draw(0, 2) == draw(0, 2)
     assert draw(0, 2) != draw(0, 3) != draw(1, 2)
@@ -107,7 +123,8 @@ def test_the_loss_is_reconstruction_divergence_and_usage(photos):
 
     def loss(**changes) -> float:
         torch.manual_seed(0)
-        return DvaeTrainer(config(**changes))(images, 5, drawing(5))[0].item()
+        weights = {f"objective__{name}": value for name, value in changes.items()}
+        return step_of(DvaeTrainer(config(**weights)), images, 5, seed=5)[0].item()
 
     torch.manual_seed(0)
     with torch.no_grad():
@@ -144,19 +161,26 @@ def test_a_training_whose_gradient_is_not_finite_stops(photos, tmp_path, monkeyp
 
 def test_the_average_follows_the_weights():
     torch.manual_seed(0)
-    model, average = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    before = average.weight.detach().clone()
-    follow(average, model, step=0, decay=0.999)  # early steps are forgotten soon: 0.9 of the new weights
-    torch.testing.assert_close(average.weight, 0.1 * before + 0.9 * model.weight)
-    follow(average, model, step=10**6, decay=0.75)
-    torch.testing.assert_close(average.weight, 0.075 * before + 0.925 * model.weight)
-    follow(average, model, step=10**6, decay=0)
-    assert torch.equal(average.weight, model.weight)
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    def followed(step: int, decay: float) -> torch.Tensor:
+        average = Average(other, decay)
+        average.follow(model, step)
+        assert isinstance(average.model, torch.nn.Linear)
+        return average.model.weight.detach()
+
+    # early steps are forgotten soon: 0.9 of the new weights
+    torch.testing.assert_close(followed(0, 0.999), 0.1 * other.weight.detach() + 0.9 * model.weight.detach())
+    torch.testing.assert_close(followed(10**6, 0.75), 0.75 * other.weight.detach() + 0.25 * model.weight.detach())
+    assert torch.equal(followed(10**6, 0), model.weight)
+    none = Average(model, None)
+    none.follow(model, 0)
+    assert none.model is None and none.weights() == {}
 
 
 def test_held_out_images_are_measured_with_the_averaged_weights(photos, tmp_path):
     out = tmp_path / "dvae"
-    train_tokenizer(config(steps=20, save_every=10), photos, photos, out, COMMAND)
+    train_tokenizer(config(optim__steps=20, log__save_every=10), photos, photos, out, COMMAND)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     looks = [line for line in lines if line.get("event") == "held_out"]
     assert [line["step"] for line in looks] == [10, 20]
@@ -241,14 +265,14 @@ def test_a_collapsed_codebook_is_told_of(histogram, warns):
 def test_either_end_learns_through_the_words_what_the_other_knows(photos, part):
     images = crops(photos, 8)
     torch.manual_seed(0)
-    trainer = DvaeTrainer(config(kl_weight=0, usage_weight=0))
+    trainer = DvaeTrainer(config(objective__kl_weight=0, objective__usage_weight=0))
     solve_both_ends(trainer.encoder, trainer.decoder, [crops(photos, 24)], torch.Generator().manual_seed(0))
     pupil = trainer.get_submodule(part)
-    pupil.load_state_dict(type(pupil)(config().architecture).state_dict())  # pyright: ignore[reportCallIssue]
+    pupil.load_state_dict(type(pupil)(config().model).state_dict())  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.AdamW(pupil.parameters(), lr=3e-3)
     losses = []
     for step in range(80):
-        loss = trainer(images, step % 6, drawing(step))[0]
+        loss = step_of(trainer, images, step % 6, seed=step)[0]
         loss.backward()
         optimizer.step()
         trainer.zero_grad()
@@ -258,7 +282,7 @@ def test_either_end_learns_through_the_words_what_the_other_knows(photos, part):
 
 
 def test_a_training_keeps_its_words_and_shows_the_photo(photos, tmp_path):
-    assert train_tokenizer(config(steps=90), photos, None, tmp_path / "dvae", COMMAND) == DONE
+    assert train_tokenizer(config(optim__steps=90), photos, None, tmp_path / "dvae", COMMAND) == DONE
     lines = [json.loads(line) for line in (tmp_path / "dvae" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 91))
     tokenizer, images = load_tokenizer(tmp_path / "dvae"), crops(photos, 48, seed=3)
@@ -312,7 +336,7 @@ def test_a_disk_that_vanishes_costs_no_step(photos, tmp_path, monkeypatch):
 
 def test_two_seeds_are_two_tokenizers(photos, tmp_path):
     for name, seed in (("one", 0), ("same", 0), ("two", 1)):
-        train_tokenizer(config(seed=seed, steps=2), photos, None, tmp_path / name, COMMAND)
+        train_tokenizer(config(seed=seed, optim__steps=2), photos, None, tmp_path / name, COMMAND)
     assert weights(tmp_path / "one") == weights(tmp_path / "same") != weights(tmp_path / "two")
 
 
@@ -320,7 +344,7 @@ def test_another_training_in_the_same_place_is_refused(photos, tmp_path):
     out = tmp_path / "dvae"
     train_tokenizer(config(), photos, None, out, COMMAND)
     with pytest.raises(RunError, match="vocab_size was 24, now 25") as err:
-        train_tokenizer(config(vocab_size=25), photos, None, out, COMMAND)
+        train_tokenizer(config(model__vocab_size=25), photos, None, out, COMMAND)
     assert err.value.exit_code == USAGE
     build_index(make_photos(tmp_path / "fewer", 8), tmp_path / "fewer.idx")
     with pytest.raises(RunError, match="made with another index") as err:
@@ -331,10 +355,10 @@ def test_another_training_in_the_same_place_is_refused(photos, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"image_size": 60}, "multiples of 8; got 60; try 64"),
-        ({"temperature": [0.1, 1.0]}, "start >= end"),
-        ({"crop_scale": [1.0, 0.2]}, "crop_scale wants a range"),
-        ({"n_hid": 10}, "multiple of 4"),
+        ({"data__image_size": 60}, "multiples of 8; got 60; try 64"),
+        ({"objective__temperature": [0.1, 1.0]}, "start >= end"),
+        ({"data__crop_scale": [1.0, 0.2]}, "crop_scale wants a range"),
+        ({"model__n_hid": 10}, "multiple of 4"),
     ],
     ids=str,
 )

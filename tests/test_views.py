@@ -229,10 +229,16 @@ def test_a_reduced_picture_shows_the_same_places():
 @pytest.mark.parametrize("pipeline", ["torch", "dali"])
 def test_a_view_does_not_depend_on_the_others(large_index, pipeline, token_size):
     """Also where the token view is larger than the patch view, and wants a larger picture."""
-    options = {"pipeline": pipeline, "image_size": (64, 64), "batch_size": len(large_index), "num_steps": 2, "views": 2}
+    options = {
+        "pipeline": pipeline,
+        "image_size": (64, 64),
+        "batch_size": len(large_index),
+        "num_steps": 2,
+        "num_crops": 2,
+    }
     both = batches(large_index, token_size=token_size, **options)
     alone = batches(large_index, token_size=None, **options)
-    data = DataConfig.model_validate({"pipeline": pipeline, "image_size": (64, 64), "views": 2, "num_workers": 0})
+    data = DataConfig.model_validate({"pipeline": pipeline, "image_size": (64, 64), "num_crops": 2, "num_workers": 0})
     rows = [range(len(large_index))]
     (tokens,) = make_token_loader(data, large_index, token_size=token_size, seed=5, rows=rows, together=len(rows[0]))
     for step, (one, two) in enumerate(zip(both, alone, strict=True)):

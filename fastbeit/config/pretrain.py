@@ -2,7 +2,7 @@
 
 Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the authors' code)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,10 +10,10 @@ from fastbeit.config.sections import (
     DataConfig,
     EngineConfig,
     KernelsConfig,
-    LogConfig,
     MaskingConfig,
     ModelConfig,
     OptimConfig,
+    PretrainLogConfig,
     Section,
     TokenizerConfig,
 )
@@ -23,6 +23,8 @@ MAX_GRID = 32  # patches a side that `fastbeit_kernels.block_masks` holds in reg
 
 class Config(Section):
     """One pre-training run."""
+
+    renamed: ClassVar[dict[str, str]] = {"data.views": "data.num_crops", "log.val_views": "log.val_crops"}
 
     out: str = Field(
         default="", description="run directory: config, log, checkpoints; the same again continues the run"
@@ -43,7 +45,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     kernels: KernelsConfig = KernelsConfig()
-    log: LogConfig = LogConfig()
+    log: PretrainLogConfig = PretrainLogConfig()
 
     @property
     def grid(self) -> tuple[int, int]:

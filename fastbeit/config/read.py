@@ -1,6 +1,7 @@
 """A configuration from YAML and `key=value`, checked whole before the first file opens; and the other way round."""
 
 import difflib
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,9 +45,35 @@ def configure(model: type[S], overrides: list[str], values: dict[str, Any] | Non
                 raise ConfigError(f"{key}: '{parent}' is a value, not a section")
         section[leaf] = _parse_yaml(text, f"value of {key}") if text else ""
     try:
-        return model.model_validate(values)
+        return model.model_validate(translate(values, model))
     except ValidationError as err:
         raise ConfigError("\n".join(_explain(problem, model) for problem in err.errors())) from None
+
+
+def translate(values: dict[str, Any], model: type[Section]) -> dict[str, Any]:
+    """The same values under today's keys; what was renamed is said.
+
+    Raises:
+        ConfigError: a key is there under both names.
+    """
+    for old, new in model.renamed.items():
+        *parents, leaf = old.split(".")
+        section: Any = values
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or leaf not in section or isinstance(section[leaf], dict):
+            continue
+        *parents, name = new.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{old} is called {new} now, and '{parent}' is a value, not a section")
+        if name in place:
+            raise ConfigError(f"{old} is called {new} now, and both are set; leave out {old}")
+        place[name] = section.pop(leaf)
+        print(f"{old} is called {new} now", file=sys.stderr)
+    return values
 
 
 def save_config(config: Section, path: Path) -> None:

@@ -3,7 +3,7 @@
 Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the authors' code).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    renamed: ClassVar[dict[str, str]] = {}  # keys of earlier versions, dotted: what they are called now
 
 
 class DataConfig(Section):
@@ -46,8 +47,8 @@ class DataConfig(Section):
     std: tuple[Positive, Positive, Positive] = Field(
         default=(0.5, 0.5, 0.5), description="pixels in [0, 1] are divided by it"
     )
-    views: int = Field(
-        default=0, ge=0, description="K > 0: only K different crops an image, view = epoch mod K; 0: ever new ones"
+    num_crops: int = Field(
+        default=0, ge=0, description="K > 0: only K different crops an image, that of epoch mod K; 0: ever new ones"
     )
     tail: Literal["drop", "wrap"] = Field(
         default="drop",
@@ -55,8 +56,8 @@ class DataConfig(Section):
     )
     tokens: str = Field(
         default="",
-        description="directory of tokens made by `fastbeit tokenize`; wants views > 0. No tokenizer is loaded, but for "
-        "the time of a validation: the one that made them, from tokenizer.path. Empty: tokens are made on the fly",
+        description="directory of tokens made by `fastbeit tokenize`; wants num_crops > 0. No tokenizer is loaded, but "
+        "for the time of a validation: the one that made them, from tokenizer.path. Empty: tokens are made on the fly",
     )
     pipeline: Literal["torch", "dali", "pillow"] = Field(default="torch", description="who decodes and resizes")
     num_workers: int = Field(
@@ -175,10 +176,15 @@ class KernelsConfig(Section):
 
 
 class LogConfig(Section):
-    """What a run says and keeps."""
+    """What a training says and keeps."""
 
     every: Count = Field(default=10, description="steps between log lines")
-    val_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
-    val_views: Count = Field(default=1, description="crops an image that validation looks at")
     save_every: int = Field(default=1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(default=3, description="checkpoints kept, newest first")
+
+
+class PretrainLogConfig(LogConfig):
+    """What a run says of held-out images, too."""
+
+    val_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
+    val_crops: Count = Field(default=1, description="crops an image that validation looks at")

@@ -1,11 +1,20 @@
 """Size, schedule and data of one training of a dVAE (arXiv 2102.12092, A.2)."""
 
 import math
-from typing import Literal
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from fastbeit.config.sections import Count, DataConfig, OptimConfig, Positive, Section, Size
+from fastbeit.config.sections import (
+    Count,
+    DataConfig,
+    EngineConfig,
+    LogConfig,
+    OptimConfig,
+    Positive,
+    Section,
+    Size,
+)
 
 PATCHES_A_WORD = 100  # enough to place it, and to see whether it is in use
 
@@ -37,26 +46,36 @@ class Architecture(Section):
         return 1 / (self.group_count * self.n_blk_per_group) ** 2
 
 
-class TokenizerTrainConfig(Section):
-    """One training of a dVAE; small enough for one GPU, where the paper's has n_hid 256 and 3 M steps of 512."""
+class TrainedArchitecture(Architecture):
+    """Small enough for one GPU, where the paper's has 256 channels."""
 
-    seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run comes from it")
+    n_hid: int = Field(
+        default=64, ge=4, multiple_of=4, description="channels at full resolution; each group doubles them"
+    )
+    vocab_size: int = Field(default=1024, ge=2, description="visual words")
+    group_count: int = Field(default=4, ge=2, description="resolutions, each half of the one before")
+
+
+class CropsConfig(Section):
+    """What the words have to describe: crops as in pre-training."""
+
     image_size: Size = Field(default=(112, 112), description="height and width of a crop, multiples of 8 pixels")
     crop_scale: tuple[Positive, Positive] = Field(
         default=(0.08, 1.0), description="share of the image that a crop takes"
     )
-    jitter: float = Field(default=0.4, ge=0, le=1, description="as in pre-training: what the words have to describe")
-    num_workers: int = Field(default=4, ge=0, description="decoding processes; 0: decode in the training process")
-    n_hid: int = Field(default=64, ge=4, multiple_of=4, description="channels at full resolution")
-    n_init: Count = Field(default=128, description="channels of a word's embedding")
-    n_blk_per_group: Count = Field(default=2, description="residual blocks a resolution")
-    vocab_size: int = Field(default=1024, ge=2, description="visual words")
-    batch_size: Count = Field(default=64, description="images a step")
-    steps: Count = Field(default=20_000, description="optimizer steps")
-    lr: Positive = Field(default=1e-3, description="peak learning rate, after 5 % of the steps; ends at 1/80 of it")
-    ema_decay: float = Field(
-        default=0.999, ge=0, lt=1, description="of the averaged weights that are kept in the end; 0: the last ones"
+    jitter: float = Field(default=0.4, ge=0, le=1, description="as in pre-training")
+    num_workers: int = Field(
+        default=4, ge=0, description="decoding processes a rank; 0: decode in the training process"
     )
+
+    @property
+    def all(self) -> DataConfig:
+        return DataConfig(**self.model_dump(), tail="wrap")
+
+
+class ObjectiveConfig(Section):
+    """The evidence lower bound and its annealing (A.2)."""
+
     temperature: tuple[Positive, Positive] = Field(
         default=(1.0, 1 / 16), description="of the relaxation: start and end"
     )
@@ -64,51 +83,72 @@ class TokenizerTrainConfig(Section):
     usage_weight: float = Field(
         default=50.0, ge=0, description="of the entropy of the words in use; 0: as in the paper"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="of activations; weights and loss stay fp32; auto: bf16 on cuda, fp32 on the cpu"
+    ema_decay: float = Field(
+        default=0.999, ge=0, lt=1, description="of the averaged weights that are kept in the end; 0: the last ones"
     )
-    log_every: Count = Field(default=20, description="steps between log lines")
-    save_every: Count = Field(default=500, description="steps between checkpoints, each with a look at held-out images")
+
+
+class ScheduleConfig(Section):
+    """AdamW as in A.2; the paper takes 3 M steps of 512 images."""
+
+    batch_size: Count = Field(default=64, description="images a step, over all ranks")
+    steps: Count = Field(default=20_000, description="optimizer steps")
+    lr: Positive = Field(default=1e-3, description="peak learning rate, after 5 % of the steps; ends at 1/80 of it")
 
     @property
-    def architecture(self) -> Architecture:
-        return Architecture.model_validate(self.model_dump(include=set(Architecture.model_fields)))
+    def adamw(self) -> OptimConfig:
+        warmup = max(2, self.steps // 20)
+        fields = self.model_dump()
+        return OptimConfig(**fields, min_lr=self.lr / 80, warmup_steps=warmup, weight_decay=1e-4)
+
+
+class TokenizerTrainConfig(Section):
+    """One training of a dVAE."""
+
+    renamed: ClassVar[dict[str, str]] = (
+        {name: f"data.{name}" for name in ("image_size", "crop_scale", "jitter", "num_workers")}
+        | {name: f"model.{name}" for name in ("n_hid", "n_init", "n_blk_per_group", "vocab_size")}
+        | {name: f"objective.{name}" for name in ("temperature", "kl_weight", "usage_weight", "ema_decay")}
+        | {name: f"optim.{name}" for name in ("batch_size", "steps", "lr")}
+        | {"precision": "engine.precision", "log_every": "log.every", "save_every": "log.save_every"}
+    )
+
+    seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run comes from it")
+    profile: bool = Field(default=False, description="write a torch.profiler trace of a few steps to DIR/profile.json")
+    data: CropsConfig = CropsConfig()
+    model: TrainedArchitecture = TrainedArchitecture()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    log: LogConfig = LogConfig(every=20, save_every=500, keep=1)
 
     def temperature_at(self, step: int) -> float:
         """From the first to the last, along half a cosine in the logarithm (A.2)."""
-        begin, end = self.temperature
-        return end * (begin / end) ** (0.5 * (1 + math.cos(math.pi * step / self.steps)))
+        begin, end = self.objective.temperature
+        return end * (begin / end) ** (0.5 * (1 + math.cos(math.pi * step / self.optim.steps)))
 
     def kl_weight_at(self, step: int) -> float:
         """Rises for a third of the steps."""
-        return self.kl_weight * min(1.0, 3 * step / self.steps)
+        return self.objective.kl_weight * min(1.0, 3 * step / self.optim.steps)
 
     @property
     def look_steps(self) -> int:
         """Steps whose images the start is computed from, and as many of held-out images that it is judged by."""
-        tokens = math.prod(self.image_size) // self.architecture.stride**2
-        return math.ceil(PATCHES_A_WORD * self.vocab_size / (tokens * self.batch_size))
-
-    @property
-    def data(self) -> DataConfig:
-        fields = self.model_dump(include={"image_size", "crop_scale", "jitter", "num_workers"})
-        return DataConfig(**fields, tail="wrap")
-
-    @property
-    def optim(self) -> OptimConfig:
-        """AdamW as in A.2."""
-        warmup = max(2, self.steps // 20)
-        return OptimConfig(steps=self.steps, lr=self.lr, min_lr=self.lr / 80, warmup_steps=warmup, weight_decay=1e-4)
+        tokens = math.prod(self.data.image_size) // self.model.stride**2
+        return math.ceil(PATCHES_A_WORD * self.model.vocab_size / (tokens * self.optim.batch_size))
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> "TokenizerTrainConfig":
-        stride = self.architecture.stride
-        for side in self.image_size:
+        stride, data = self.model.stride, self.data
+        for side in data.image_size:
             if side % stride:
                 near = max(1, round(side / stride)) * stride
-                raise ValueError(f"image_size wants multiples of {stride}; got {side}; try {near}")
-        if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] > 1:
-            raise ValueError(f"crop_scale wants a range within (0, 1]; got {list(self.crop_scale)}")
-        if self.temperature[0] < self.temperature[1]:
-            raise ValueError(f"temperature wants start >= end; got {list(self.temperature)}")
+                raise ValueError(f"data.image_size wants multiples of {stride}; got {side}; try {near}")
+        if data.crop_scale[0] > data.crop_scale[1] or data.crop_scale[1] > 1:
+            raise ValueError(f"data.crop_scale wants a range within (0, 1]; got {list(data.crop_scale)}")
+        temperature = self.objective.temperature
+        if temperature[0] < temperature[1]:
+            raise ValueError(f"objective.temperature wants start >= end; got {list(temperature)}")
+        if self.engine.name == "deepspeed":
+            raise ValueError("engine.name=deepspeed does not train tokenizers; set engine.name=ddp")
         return self

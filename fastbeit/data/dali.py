@@ -56,7 +56,7 @@ def dali_token_views(
     plans: Plans, rule: Rule, items: Iterable[range], together: int
 ) -> Generator[TokenViews, None, None]:
     """Token views as `make_token_loader` gives them; images lie on the GPU when there is one."""
-    num_views, ((token_size, _),) = plans.data.views, rule.views()
+    num_views, ((token_size, _),) = plans.data.num_crops, rule.views()
     with _threads(plans) as threads:
         views = Views(plans, rule, together * num_views)
         loads = ((rows, bad, plans.load_valid(rows, _check, bad, threads.map)) for rows in items for bad in [[]])

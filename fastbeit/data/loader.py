@@ -55,7 +55,7 @@ def make_loader(
 def make_token_loader(
     data: DataConfig, index: Index, *, token_size: Size, seed: int, rows: Sequence[range], together: int
 ) -> Generator[TokenViews, None, None]:
-    """All `data.views` token views of images, the very bits that `make_loader` gives; close it, and its processes end.
+    """All `data.num_crops` token views of images, the very bits of `make_loader`; close it, and its processes end.
 
     A file is read and decoded once for all its views.
 
@@ -127,7 +127,7 @@ class CpuTokenViews(Dataset):
 
     def __getitem__(self, rows: range) -> TokenViews:
         ((token_size, _),) = self.rule.views()
-        images, bad = np.zeros((len(rows), self.plans.data.views, *token_size, 3), np.uint8), []
+        images, bad = np.zeros((len(rows), self.plans.data.num_crops, *token_size, 3), np.uint8), []
         with _one_thread():
             photos = self.plans.load_valid(rows, partial(self.photo, rule=self.rule), bad)
             for place, views in photos:

@@ -98,7 +98,7 @@ class Plans:
 
     def augment(self, sample: np.ndarray, epoch: np.ndarray) -> np.ndarray:
         """[n] records of PLAN for [n] samples."""
-        data, index, view = self.data, self.index, view_of(epoch, self.data.views)
+        data, index, view = self.data, self.index, view_of(epoch, self.data.num_crops)
         plans = np.zeros(len(sample), PLAN)
         plans["box"] = draw_crops(
             self.seed, view, sample, index.heights[sample], index.widths[sample], data.crop_scale, data.crop_ratio
@@ -108,8 +108,8 @@ class Plans:
         return plans
 
     def augment_views(self, rows: range) -> np.ndarray:
-        """[n, K] records of PLAN: all views of n images, K = data.views; epochs e with e mod K = v draw view v."""
-        num_views = self.data.views
+        """[n, K] records of PLAN: all views of n images, K = data.num_crops; epochs e with e mod K = v draw view v."""
+        num_views = self.data.num_crops
         views = np.tile(np.arange(num_views), len(rows))
         return self.augment(np.repeat(rows, num_views), views).reshape(len(rows), num_views)
 

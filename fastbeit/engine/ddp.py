@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from fastbeit.config.pretrain import Config
 from fastbeit.engine.adamw import clip_and_step, read_moments, write_moments
 from fastbeit.engine.ranks import World
 
@@ -12,24 +11,23 @@ class TorchEngine:
     """One process, or DistributedDataParallel over several."""
 
     def __init__(
-        self, config: Config, model: nn.Module, optimizer: torch.optim.AdamW, world: World, dtype: torch.dtype
+        self, model: nn.Module, optimizer: torch.optim.AdamW, world: World, dtype: torch.dtype, clip_grad: float
     ) -> None:
-        self.model, self.optimizer, self.world = model, optimizer, world
-        self.clip_grad = config.optim.clip_grad
+        self.model, self.optimizer, self.world, self.clip_grad = model, optimizer, world, clip_grad
         self.autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
         self.ddp = None
         if world.host_group is not None:
             devices = [world.device] if world.device.type == "cuda" else None
             self.ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
-    def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+    def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, ...]:
         if self.ddp is not None:
             self.ddp.require_backward_grad_sync = is_last
         with self.autocast:
-            loss_sum, num_correct = (self.ddp or self.model)(*inputs)
+            loss_sum, *others = (self.ddp or self.model)(*inputs)
         # DDP averages over ranks; the sum is wanted
         (loss_sum * (self.world.size / count)).backward()
-        return loss_sum.detach(), num_correct
+        return loss_sum.detach(), *others
 
     def step(self) -> Tensor:
         return clip_and_step(self.optimizer, self.clip_grad)

@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.sections import EngineConfig, OptimConfig
 from fastbeit.engine.ddp import TorchEngine
 from fastbeit.engine.ranks import World
 from fastbeit.engine.zero import DeepSpeedEngine
@@ -19,7 +18,7 @@ from fastbeit.engine.zero import DeepSpeedEngine
 class Engine(Protocol):
     """Calls the model, adds its gradients over ranks, updates its weights."""
 
-    def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+    def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, ...]:
         """Run `model(*inputs)` forward and backward on one micro-batch.
 
         Args:
@@ -28,7 +27,7 @@ class Engine(Protocol):
             is_last: the step's last micro-batch, after which gradients travel.
 
         Returns:
-            This rank's sum of losses and number of right predictions, scalars on the device, detached.
+            What the model returns, detached: this rank's sums, the loss first.
         """
         ...
 
@@ -47,14 +46,16 @@ class Engine(Protocol):
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None: ...
 
 
-def make_engine(config: Config, model: nn.Module, optimizer: torch.optim.AdamW, world: World) -> Engine:
-    """The engine that `config.engine.name` asks for; the model already holds the weights to start from."""
-    dtype = _compute_dtype(config.engine, world.device)
-    if config.engine.compile:
+def make_engine(
+    settings: EngineConfig, optim: OptimConfig, model: nn.Module, optimizer: torch.optim.AdamW, world: World
+) -> Engine:
+    """The engine that `settings.name` asks for; the model already holds the weights to start from."""
+    dtype = _compute_dtype(settings, world.device)
+    if settings.compile:
         model.compile()
-    if config.engine.name == "deepspeed":
-        return DeepSpeedEngine(config, model, optimizer, world, dtype)
-    return TorchEngine(config, model, optimizer, world, dtype)
+    if settings.name == "deepspeed":
+        return DeepSpeedEngine(settings, optim, model, optimizer, world, dtype)
+    return TorchEngine(model, optimizer, world, dtype, optim.clip_grad)
 
 
 def _compute_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:

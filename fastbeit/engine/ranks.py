@@ -5,11 +5,21 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig
 from fastbeit.cores import num_cores
-from fastbeit.errors import USAGE, RunError
+from fastbeit.errors import USAGE, DataError, RunError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks do in this step; the same on each of them."""
+
+    stops: bool  # somebody was asked to stop
+    saves: bool  # somebody was asked to save
+    bad: list[tuple[int, str]]  # images that all ranks replaced: row of the index, path and reason
+    error: DataError | None  # the first rank's that has no data
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,19 @@ class World:
         parts: list[list] = [[] for _ in range(self.size)]
         dist.all_gather_object(parts, items, group=self.host_group)
         return [item for part in parts for item in part]
+
+    def agree(self, stop: bool, save: bool, bad: list[tuple[int, str]], error: DataError | None) -> Verdict:
+        """One verdict for all, of what each rank was asked and what it met; costs one collective where all is well."""
+        stops, saves, met = self.sum([stop, save, bool(bad) or error is not None])
+        reports = self.gather([(bad, error and (str(error), error.exit_code))]) if met else []
+        errors = [DataError(*told) for _, told in reports if told]
+        return Verdict(bool(stops), bool(saves), [one for bad, _ in reports for one in bad], next(iter(errors), None))
+
+    def share(self, model: nn.Module) -> None:
+        """Give all ranks the parameters and buffers of rank 0."""
+        if self.host_group is not None:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         self.sum([0])

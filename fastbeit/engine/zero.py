@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbeit.config.pretrain import Config
+from fastbeit.config.sections import EngineConfig, OptimConfig
 from fastbeit.engine.adamw import MOMENTS
 from fastbeit.engine.ranks import World
 from fastbeit.errors import USAGE, RunError
@@ -16,7 +16,13 @@ class DeepSpeedEngine:
     """DeepSpeed ZeRO-1: each rank keeps and updates its share of the fp32 weights and moments."""
 
     def __init__(
-        self, config: Config, model: nn.Module, optimizer: torch.optim.AdamW, world: World, dtype: torch.dtype
+        self,
+        settings: EngineConfig,
+        optim: OptimConfig,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        world: World,
+        dtype: torch.dtype,
     ) -> None:
         if world.host_group is None:
             raise RunError(
@@ -25,18 +31,18 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(world.device)
         self.model, self.world = model, world
         self.engine, wrapped, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=_deepspeed_config(config, world, dtype)
+            model=model, optimizer=optimizer, config=_deepspeed_config(settings, optim, world, dtype)
         )
         self.optimizer: Any = wrapped  # a ZeRO optimizer, whose attributes DeepSpeed does not declare
 
-    def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
-        loss_sum, num_correct = self.engine(*inputs)
+    def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, ...]:
+        loss_sum, *others = self.engine(*inputs)
         # DeepSpeed averages over ranks; the sum is wanted
         self.engine.backward(loss_sum * (self.world.size / count), scale_wrt_gas=False)
         if not is_last:
             # counts the micro-batch; only the last one's updates
             self.engine.step()
-        return loss_sum.detach(), num_correct
+        return loss_sum.detach(), *others
 
     def step(self) -> Tensor:
         self.engine.step()
@@ -95,15 +101,14 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _deepspeed_config(config: Config, world: World, dtype: torch.dtype) -> dict:
+def _deepspeed_config(settings: EngineConfig, optim: OptimConfig, world: World, dtype: torch.dtype) -> dict:
     # made from checked fields alone: DeepSpeed ignores top-level keys that it does not know
-    optim = config.optim
     return {
         "train_batch_size": optim.batch_size,
         "train_micro_batch_size_per_gpu": optim.batch_size // optim.accumulate // world.size,
         "gradient_accumulation_steps": optim.accumulate,
         "gradient_clipping": optim.clip_grad,
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_optimization": {"stage": settings.zero_stage},
         "torch_autocast": {"enabled": dtype != torch.float32, "dtype": str(dtype).removeprefix("torch.")},
         "steps_per_print": 1 << 31,
     }

@@ -6,16 +6,17 @@ tokens, which is what a model scores that sees nothing.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fastbeit import masking
 from fastbeit.config.pretrain import Config
+from fastbeit.data.batch import Batch
 from fastbeit.data.index.reader import Index
-from fastbeit.data.loader import Batch, make_loader
+from fastbeit.data.loader import make_loader
 from fastbeit.engine.ranks import World
-from fastbeit.masking import UNUSED, draw_masks, plan_prediction
 from fastbeit.model.beit import Beit
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.quality import word_usage
@@ -51,7 +52,7 @@ def batches_of(
     per_rank = min(MAX_BATCH, math.ceil(num_crops / world.size))
     return iter(
         make_loader(
-            config.data.model_copy(update={"tail": "wrap", "views": 0, "num_workers": 0}),
+            config.data.model_copy(update={"tail": "wrap", "num_crops": 0, "num_workers": 0}),
             index,
             token_size=token_size,
             batch_size=per_rank * world.size,
@@ -73,14 +74,15 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     histogram = torch.zeros(tokenizer.vocab_size if tokenizer else 0, dtype=torch.int64, device=world.device)
     num_predicted, seed = 0, held_out_seed(config)
+    rule = replace(masking.rule_of(config), seed=seed)
     for batch in batches_of(config, index, world, num_crops, token_size, seed):
         samples = batch.epoch.to(world.device), batch.sample.to(world.device)
-        masks = draw_masks(config.mask, config.masking, config.grid, seed, *samples, config.kernels.backend)
+        slots = masking.draw(rule, *samples)
         tokens = visual_tokens(tokenizer, batch, world.device)
-        plan = plan_prediction(masks, config.num_patches, config.predict, tokens)
-        loss_sum, num_correct = model(batch.images.to(world.device), plan.masked, plan.predict_idx, plan.labels)
+        labels = masking.label(slots, tokens)
+        loss_sum, num_correct = model(batch.images.to(world.device), slots.masked, slots.predict_idx, labels)
         sums += torch.stack([loss_sum.double(), num_correct.double()])
-        num_predicted += int((plan.labels != UNUSED).sum())
+        num_predicted += int((labels != masking.UNUSED).sum())
         if tokens is not None:
             histogram += torch.bincount(tokens.flatten(), minlength=len(histogram))
     loss, correct, count, *words = world.sum([*sums.tolist(), num_predicted, *histogram.tolist()])

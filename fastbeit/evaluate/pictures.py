@@ -1,7 +1,7 @@
 """The pictures of a report: what the model makes of masked images, and the curves of its training (matplotlib)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ import matplotlib
 import torch
 from torch import Tensor
 
+from fastbeit import masking
 from fastbeit.evaluate.finished_run import Figures, Trained
 from fastbeit.evaluate.masked import batches_of, held_out_seed
-from fastbeit.masking import draw_masks, plan_prediction
 from fastbeit.tokenizer.source import visual_tokens
 from fastbeit_kernels.masked_embed import patchify
 
@@ -44,9 +44,8 @@ def look_at(run: Trained) -> Look:
     token_size = tokenizer.view_size(config.grid) if tokenizer else None
     batch = next(batches_of(config, run.unseen, run.world, min(NUM_IMAGES, len(run.unseen)), token_size, seed))
     samples = batch.epoch.to(device), batch.sample.to(device)
-    masks = draw_masks(config.mask, config.masking, config.grid, seed, *samples, config.kernels.backend)
+    masked = masking.draw(replace(masking.rule_of(config), seed=seed), *samples).masked
     tokens = visual_tokens(tokenizer, batch, device)
-    masked = plan_prediction(masks, config.num_patches, "masked", tokens).masked
     outputs = run.model.logits(batch.images.to(device), masked)
     # where nothing is hidden, all that there is to show is what the model makes of what it sees
     predicted = torch.ones_like(masked) if config.mask == "none" else masked

@@ -5,7 +5,7 @@ patch view under its mask. Images, crops and masks are those of a run of the sam
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fastbeit import masking
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Size
 from fastbeit.data.decode import decode
@@ -22,7 +23,6 @@ from fastbeit.data.plans import Plans, steps_per_epoch
 from fastbeit.data.sampling import JITTER_OPS
 from fastbeit.errors import CANNOT_WRITE, ConfigError, RunError
 from fastbeit.files import aside, put_in_place
-from fastbeit.masking import draw_masks, plan_prediction
 from fastbeit.tokenizer.source import open_token_source
 
 TILE = 224  # pixels; smaller views are enlarged to at most this, each pixel to a square
@@ -113,8 +113,7 @@ def see(config: Config, index: Index, token_size: Size | None, num_images: int) 
     with contextlib.closing(loader) as batches:
         found = list(batches)
     sample, epoch = (torch.cat([getattr(batch, name) for batch in found])[:num_images] for name in ("sample", "epoch"))
-    masks = draw_masks(config.mask, config.masking, config.grid, config.seed, epoch, sample, "reference")
-    masked = plan_prediction(masks, config.num_patches, "masked").masked
+    masked = masking.draw(replace(masking.rule_of(config), backend="reference"), epoch, sample).masked
     return Seen(
         sample=sample.numpy(),
         epoch=epoch.numpy(),

@@ -36,7 +36,7 @@ DEFAULT_FOLDER = "tokens"
 
 
 def tokenize(config: Config, command: list[str]) -> int:
-    """Write the tokens of `data.views` views of every image to `data.tokens`, or go on where an earlier job stopped.
+    """Write the tokens of `data.num_crops` crops of every image to `data.tokens`, or go on where a job stopped.
 
     Args:
         command: what the user typed, said again where the job stops early.
@@ -47,8 +47,10 @@ def tokenize(config: Config, command: list[str]) -> int:
     Raises:
         RunError: bad config, data or tokenizer, or a directory that holds something else; the message says what to do.
     """
-    if not config.data.views:
-        raise ConfigError("data.views=0 draws ever new crops, which cannot be kept; add data.views=K, for example 8")
+    if not config.data.num_crops:
+        raise ConfigError(
+            "data.num_crops=0 draws ever new crops, which cannot be kept; add data.num_crops=K, for example 8"
+        )
     if config.objective != "tokens":
         raise ConfigError(f"objective={config.objective} predicts no tokens; set objective=tokens")
     if not config.data.index:
@@ -61,7 +63,7 @@ def tokenize(config: Config, command: list[str]) -> int:
         format=FORMAT,
         recipe=make_recipe(config, index, chosen.tokenizer),
         precision=chosen.precision,
-        chunk_rows=chunk_rows(config.data.views),
+        chunk_rows=chunk_rows(config.data.num_crops),
         command=shlex.join(command),
     )
     writer = CacheWriter(folder, card, world.rank)

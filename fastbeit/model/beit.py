@@ -89,7 +89,7 @@ class Beit(VisionTransformer):
             predict_idx: [B, M] int64, patches to predict, distinct in an image.
             targets: [B, M] int64, their visual tokens; `UNUSED` in slots that the loss leaves out. For pixels any other
                 value means a slot in use: what is regressed is read from `images`.
-            keep: [L, 2, B] float32 drop-path factors of (block, branch, image); None: nothing is dropped.
+            keep: [B, L, 2] float32 drop-path factors of (image, block, branch); None: nothing is dropped.
 
         Returns:
             (float32 sum over the slots in use, int64 number of right tokens; 0 for pixels).

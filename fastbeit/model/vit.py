@@ -175,7 +175,7 @@ class VisionTransformer(nn.Module):
         """
         Args:
             x: [B, S, D] tokens, cls first.
-            keep: [L, 2, B] drop-path factors, 0 or 1 / (1 - rate); None: nothing is dropped.
+            keep: [B, L, 2] drop-path factors, 0 or 1 / (1 - rate); None: nothing is dropped.
             slots: [B, M] tokens that are wanted, cls being 0, distinct in an image; None: all.
 
         Returns:
@@ -184,7 +184,7 @@ class VisionTransformer(nn.Module):
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = block(x, bias, None if keep is None else keep[i], slots if i == last else None)
+            x = block(x, bias, None if keep is None else keep[:, i].T, slots if i == last else None)
         return x
 
     @torch.no_grad()

@@ -79,7 +79,7 @@ def load_run_tokenizer(config: Config, index: Index, device: torch.device) -> Ch
 
 def _some_views(config: Config, index: Index, token_size: Size) -> Tensor:
     """Token views [n, h, w, 3] uint8 of images from all over the index."""
-    data = config.data.model_copy(update={"views": 1, "num_workers": 0})
+    data = config.data.model_copy(update={"num_crops": 1, "num_workers": 0})
     rows = range(0, len(index), max(1, len(index) // NUM_COMPARED))[:NUM_COMPARED]
     (made,) = make_token_loader(data, index, token_size=token_size, seed=config.seed, rows=[rows], together=len(rows))
     bad = {i for i, _ in made.bad}
@@ -134,7 +134,7 @@ class CachedTokens:
             self._dtype = DTYPES[chosen.precision]
 
     def visual_tokens(self, batch: Batch) -> Tensor:
-        tokens = self._cache.read(batch.sample, view_of(batch.epoch, self._config.data.views))
+        tokens = self._cache.read(batch.sample, view_of(batch.epoch, self._config.data.num_crops))
         return tokens.to(self._device, non_blocking=True)
 
     def tokenizer(self) -> Tokenizer:

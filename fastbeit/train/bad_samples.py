@@ -8,10 +8,15 @@ from fastbeit.errors import DATA_LIMIT, DataError
 
 
 class BadSamples:
-    """The list of bad images in a run's directory; stops the run when it grows too long."""
+    """The list of bad images in a run's directory; stops the run when it grows too long.
 
-    def __init__(self, path: Path, num_images: int) -> None:
-        self.path, self._limit = path, bad_limit(num_images)
+    Args:
+        path: of the list; all ranks read and count, so that all end in the same step.
+        writes: whether this rank keeps the list.
+    """
+
+    def __init__(self, path: Path, num_images: int, writes: bool = True) -> None:
+        self.path, self._limit, self._writes = path, bad_limit(num_images), writes
         self._seen: set[int] = set()
         text = path.read_text() if path.exists() else ""
         for line in text.splitlines():
@@ -20,7 +25,7 @@ class BadSamples:
             except ValueError:
                 # the line that an interruption cut short; the image will be met again
                 continue
-        if text and not text.endswith("\n"):
+        if writes and text and not text.endswith("\n"):
             path.write_text(text + "\n")
 
     def __len__(self) -> int:
@@ -36,8 +41,9 @@ class BadSamples:
             if sample in self._seen:
                 continue
             self._seen.add(sample)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"sample": sample, "reason": reason}) + "\n")
+            if self._writes:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"sample": sample, "reason": reason}) + "\n")
         if len(self._seen) > self._limit:
             raise DataError(
                 f"{len(self._seen)} bad images, more than the {self._limit} that a run puts up with (100, or 1 % of "

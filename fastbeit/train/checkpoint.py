@@ -13,12 +13,65 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastbeit.engine.protocol import Engine
+from fastbeit.engine.ranks import World
 from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, RunError
 from fastbeit.files import sha256, share, sync
+from fastbeit.train.ema import PREFIX, Average
 
 MANIFEST = "MANIFEST.json"
+
+
+class Saver:
+    """A training's checkpoints: the one that it goes on from, and those that it makes.
+
+    Args:
+        origin: what the training is made from, by name; a checkpoint of another origin is refused.
+
+    Raises:
+        RunError: there are checkpoints and none is usable, or they are of another origin (exit code 78).
+    """
+
+    def __init__(self, folder: Path, origin: dict[str, Any], keep: int, world: World) -> None:
+        self.folder, self.origin, self.keep, self.world = folder, origin, keep, world
+        self.last_checkpoint, self.problems = find_checkpoint(folder)
+        state: dict[str, Any] = load_state(self.last_checkpoint) if self.last_checkpoint else {}
+        for name, fingerprint in origin.items() if state else ():
+            if state[name] != fingerprint:
+                raise RunError(
+                    f"'{self.last_checkpoint}' was made with another {name} (fingerprint {state[name]}, now "
+                    f"{fingerprint}); go back to that {name}, or choose another out",
+                    CHECKPOINT_UNUSABLE,
+                )
+        self.first_step = self.last_step = state.get("step", 0)
+        self.seconds_before: float = state.get("seconds", 0.0)
+        self._weights = load_model(self.last_checkpoint) if self.last_checkpoint else {}
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Of the checkpoint that the training goes on from, if there is one; so do the next two."""
+        if self.last_checkpoint:
+            own = {name: tensor for name, tensor in self._weights.items() if not name.startswith(PREFIX)}
+            model.load_state_dict(own)
+
+    def load_average(self, average: Average) -> None:
+        if self.last_checkpoint:
+            average.load(self._weights)
+        self._weights = {}
+
+    def load_moments(self, engine: Engine) -> None:
+        if self.last_checkpoint:
+            engine.load_optimizer_state(load_optimizer(self.last_checkpoint))
+
+    def save(self, step: int, engine: Engine, model: nn.Module, average: Average, known: dict[str, Any]) -> None:
+        """Write a checkpoint of this step; all ranks must call it."""
+        moments = engine.optimizer_state()
+        if self.world.rank == 0:
+            weights = model.state_dict() | average.weights()
+            save_checkpoint(self.folder, step, weights, moments, {**self.origin, **known}, self.keep)
+        self.world.barrier()
+        self.last_checkpoint, self.last_step = self.folder / f"step-{step:06d}", step
 
 
 def save_checkpoint(

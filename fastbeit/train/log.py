@@ -54,12 +54,8 @@ class RunLog:
         if self.board:
             self.board.add_image(name, pixels, step, dataformats="HWC")
 
-    def show(self, step: int, figures: dict[str, float]) -> None:
-        """The same for the eye: beside the bar, or on a line where no terminal looks on."""
-        text = (
-            f"loss {figures['loss']:.4f}  masked accuracy {figures['masked_accuracy']:.4f}  "
-            f"{figures['images_per_s']:.1f} img/s  waiting for data {figures['data_wait_share']:.0%}"
-        )
+    def show(self, step: int, text: str) -> None:
+        """For the eye: beside the bar, or on a line where no terminal looks on."""
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             left_s = (time.perf_counter() - self.began) / max(step - self.first_step, 1) * (self.num_steps - step)

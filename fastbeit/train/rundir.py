@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import yaml
 
-from fastbeit.config.read import save_config
+from fastbeit.config.read import save_config, translate
 from fastbeit.config.sections import Section
 from fastbeit.errors import CANNOT_CREATE, USAGE, RunError
 
@@ -98,6 +98,7 @@ def _lock(file: IO[str], folder: Path, key: str) -> None:
 
 def _refuse_another_run(out: Path, config: Section) -> None:
     old, new = yaml.safe_load((out / "config.yaml").read_text()), config.model_dump(mode="json")
+    old = translate(old, type(config)) if isinstance(old, dict) else old
     changes = [f"{key} was {was}, now {now}" for key, was, now in _differences(old, new)]
     if changes:
         raise RunError(

@@ -1,8 +1,14 @@
 """Signals, as wishes that the loop reads."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
+
+
+class StopWanted(Exception):
+    """Ends a wait; see `Stop.interrupts`."""
 
 
 class Stop:
@@ -11,6 +17,7 @@ class Stop:
     def __init__(self) -> None:
         self.wanted = False
         self.save_wanted = False
+        self._is_waited = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -21,6 +28,17 @@ class Stop:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """While the context lasts a stop raises `StopWanted`, wherever it waits."""
+        if self.wanted:
+            raise StopWanted
+        self._is_waited = True
+        try:
+            yield
+        finally:
+            self._is_waited = False
 
     def _signals(self) -> list[int]:
         # another thread than the main one may not listen, and Windows knows no SIGUSR1
@@ -33,5 +51,8 @@ class Stop:
             if self.wanted and number == signal.SIGINT:
                 raise KeyboardInterrupt  # asked twice: now
             self.wanted = True
+            if self._is_waited:
+                self._is_waited = False
+                raise StopWanted
         else:
             self.save_wanted = True

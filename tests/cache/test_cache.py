@@ -72,7 +72,9 @@ def test_token_views_are_those_of_training(tmp_path, pipeline, num_workers):
     build_index(folder, tmp_path / "images.idx", progress=False)
     (folder / "vanishes.jpg").unlink()
     index, views = open_index(tmp_path / "images.idx"), 2
-    data = DataConfig.model_validate({"views": views, "pipeline": pipeline, "num_workers": num_workers, "tail": "wrap"})
+    data = DataConfig.model_validate(
+        {"num_crops": views, "pipeline": pipeline, "num_workers": num_workers, "tail": "wrap"}
+    )
     batches = make_loader(
         data,
         index,
@@ -105,7 +107,7 @@ def test_bad_images_are_marked_and_named(tokens):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_bad_images_end_the_job(parts, tmp_path, monkeypatch, num_workers):
-    monkeypatch.setattr("fastbeit.data.loader.bad_limit", lambda num_images: 0)
+    monkeypatch.setattr("fastbeit.train.bad_samples.bad_limit", lambda num_images: 0)
     with pytest.raises(DataError, match=r"1 bad images, more than the 0 .*tokens/bad_samples\.jsonl") as caught:
         make(parts, tmp_path / "tokens", data__num_workers=num_workers)
     assert caught.value.exit_code == 65
@@ -144,8 +146,8 @@ def test_each_loss_is_that_of_tokens_made_on_the_fly(train, tokens, tmp_path, mo
 
 
 def test_fewer_views_than_the_cache_has_are_its_first(train, tokens):
-    fly = train("fly", data__views=2)
-    assert facts(train("cached", data__views=2, data__tokens=tokens)) == facts(fly) != facts(train("three"))
+    fly = train("fly", data__num_crops=2)
+    assert facts(train("cached", data__num_crops=2, data__tokens=tokens)) == facts(fly) != facts(train("three"))
 
 
 @pytest.mark.parametrize("first_with_cache", [False, True])
@@ -222,14 +224,14 @@ def test_the_header_is_numpys(tmp_path):
 def test_the_command(parts, tokens, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = [f"{key}={value}" for key, value in parts.items() if key != "config"]
-    command = ["tokenize", parts["config"], *settings, "--data.views", str(VIEWS)]
+    command = ["tokenize", parts["config"], *settings, "--data.num_crops", str(VIEWS)]
     for said in ("tokens: tokens\n", "tokens: tokens (were finished before)\n"):
         assert main(command) == 0
         shown = capsys.readouterr()
         assert said in shown.out and "12 images x 3 views x 16 tokens: 1,536 bytes in 'tokens'; 1 rank(s)" in shown.out
     assert files(tmp_path / "tokens") == files(tokens)
-    assert main([*command, "data.views=2"]) == 2
-    assert "data.views is 3 there, 2 here" in capsys.readouterr().err
+    assert main([*command, "data.num_crops=2"]) == 2
+    assert "data.num_crops is 3 there, 2 here" in capsys.readouterr().err
 
 
 def test_progress_is_said_where_no_terminal_looks_on(parts, tmp_path, capsys, monkeypatch):

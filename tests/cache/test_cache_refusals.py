@@ -26,7 +26,7 @@ DIFFERENT = {
     "ratio": ({"data.crop_ratio": "[0.5, 2]"}, r"data.crop_ratio is \(0.75, 1.33.*\) there, \(0.5, 2.0\) here"),
     "pipeline": ({"data.pipeline": "pillow"}, "data.pipeline is torch there, pillow here"),
     "grid": ({"data.image_size": "[32, 48]"}, r"grid of patches is \(4, 4\) there, \(4, 6\) here"),
-    "more views": ({"data.views": 4}, "data.views is 3 there, 4 here"),
+    "more views": ({"data.num_crops": 4}, "data.num_crops is 3 there, 4 here"),
     "two": ({"seed": 1, "data.flip": 0}, "seed is 0 there, 1 here; data.flip is 0.5 there, 0.0 here"),
 }
 
@@ -57,8 +57,8 @@ def test_a_cache_of_other_images_or_another_tokenizer_is_refused(train, parts, t
 
 
 def test_views_that_come_ever_new_are_refused_with_the_number_to_set(train, tokens):
-    with pytest.raises(RunError, match=r"holds 3 views of each image, .*set data\.views=3") as caught:
-        train("run", data__tokens=tokens, data__views=0)
+    with pytest.raises(RunError, match=r"holds 3 views of each image, .*set data\.num_crops=3") as caught:
+        train("run", data__tokens=tokens, data__num_crops=0)
     assert caught.value.exit_code == 2
 
 
@@ -105,7 +105,7 @@ def test_tokens_that_are_not_there_are_said(train, tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"data.views": 0}, "add data.views=K"),
+        ({"data.num_crops": 0}, "add data.num_crops=K"),
         ({"objective": "pixels", "data.tokens": ""}, "objective=pixels predicts no tokens"),
         ({"data.index": ""}, "data.index is not set"),
     ],

@@ -49,7 +49,7 @@ def die_at(monkeypatch, number: int, error: BaseException) -> list[str]:
 
 def test_a_death_at_any_moment_costs_nothing(parts, tmp_path, monkeypatch):
     """At each sync and each rename of a job; then the same job again gives the same files."""
-    few = {**parts, "data.index": tmp_path / "few.idx", "data.views": 2}
+    few = {**parts, "data.index": tmp_path / "few.idx", "data.num_crops": 2}
     build_index(make_photos(tmp_path / "photos", 4), few["data.index"], progress=False)
     (tmp_path / "photos/03.jpg").write_bytes(b"")
     with monkeypatch.context() as patch:
@@ -164,7 +164,7 @@ def job_of(many, folder: Path, *launcher: str) -> Iterator[subprocess.Popen]:
     settings = [f"{key}={value}" for key, value in many.items() if key != "config"]
     with subprocess.Popen(
         [*(launcher or [sys.executable]), script, "tokenize", many["config"], *settings]
-        + [f"data.views={VIEWS}", f"data.tokens={folder}"],
+        + [f"data.num_crops={VIEWS}", f"data.tokens={folder}"],
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

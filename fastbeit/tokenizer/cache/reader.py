@@ -91,7 +91,7 @@ def wanted_of(config: Config, index: Index) -> dict[str, Any]:
         "seed": config.seed,
         "index": index.fingerprint,
         "num_images": len(index),
-        "views": data.views,
+        "views": data.num_crops,
         "crop_scale": data.crop_scale,
         "crop_ratio": data.crop_ratio,
         "flip": data.flip,
@@ -233,7 +233,7 @@ def _not_finished(folder: Path) -> CacheError:
     if not (folder / PLAN).is_file():
         what = "holds no tokens" if folder.is_dir() else "does not exist"
         return CacheError(
-            f"data.tokens '{folder}' {what}; make them: fastbeit tokenize CONFIG data.views=K data.tokens={folder}",
+            f"data.tokens '{folder}' {what}; make them: fastbeit tokenize CONFIG data.num_crops=K data.tokens={folder}",
             DATA_MISSING,
         )
     return CacheError(f"data.tokens '{folder}' is not finished: {how_far(folder)}")
@@ -250,19 +250,19 @@ def how_far(folder: Path) -> str:
 def check_cache(cache: TokenCache, config: Config, index: Index) -> None:
     """Make sure that a cache holds the tokens that a run would make itself, with the same tokenizer.
 
-    Fewer views than the cache has are fine: the first K of them are what data.views=K draws.
+    Fewer views than the cache has are fine: the first K of them are what data.num_crops=K draws.
 
     Raises:
         RunError: it holds others (exit code 2), with each value that differs.
     """
     wanted, num_views = wanted_of(config, index), cache.recipe.views
-    if not config.data.views:
+    if not config.data.num_crops:
         raise RunError(
-            f"data.tokens '{cache.folder}' holds {num_views} views of each image, and data.views=0 draws ever new "
-            f"ones; set data.views={num_views}, or leave data.tokens empty",
+            f"data.tokens '{cache.folder}' holds {num_views} views of each image, and data.num_crops=0 draws ever new "
+            f"ones; set data.num_crops={num_views}, or leave data.tokens empty",
             USAGE,
         )
-    wanted["views"] = max(num_views, config.data.views)
+    wanted["views"] = max(num_views, config.data.num_crops)
     found = cache.recipe.model_dump()
     changes = differences({name: found[name] for name in wanted}, wanted)
     if changes:
@@ -282,9 +282,13 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     )
 
 
-KEYS = {"seed": "seed", "tokenizer": "tokenizer", "grid": "grid of patches", "precision": "tokenizer.precision"} | {
-    name: name.replace("_", " ") for name in ("num_images", "token_size", "vocab_size")
-}
+KEYS = {
+    "seed": "seed",
+    "views": "data.num_crops",
+    "tokenizer": "tokenizer",
+    "grid": "grid of patches",
+    "precision": "tokenizer.precision",
+} | {name: name.replace("_", " ") for name in ("num_images", "token_size", "vocab_size")}
 
 
 def _show(value: Any) -> str:

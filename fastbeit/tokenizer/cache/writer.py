@@ -133,7 +133,7 @@ class CacheWriter:
         if self.num_bytes > free:
             raise RunError(
                 f"tokens in '{self.folder}' want {self.num_bytes:,} bytes, and the disk has {free:,} free; take "
-                "another data.tokens, or fewer data.views",
+                "another data.tokens, or fewer data.num_crops",
                 CANNOT_WRITE,
             )
         try:

@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 from fastbeit.config.tokenizer import TokenizerTrainConfig
 from fastbeit.tokenizer.dvae import Decoder, Encoder, one_hot, to_images, to_mapped
@@ -23,54 +24,57 @@ def logit_laplace(stats: Tensor, pixels: Tensor) -> Tensor:
     return (error * (-log_scale).exp() + log_scale + math.log(2) + (pixels * (1 - pixels)).log()).mean()
 
 
-def draw_words(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """What is added to logits so that the largest is a draw of softmax(logits)."""
+    return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
+
+
+def draw_words(logits: Tensor, noise: Tensor, temperature: Tensor | float) -> Tensor:
     """One-hot words [B, V, h, w] drawn from softmax(logits); the gradient is that of the Gumbel-softmax relaxation."""
-    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
     soft = ((logits + noise) / temperature).softmax(1)
     return one_hot(soft.argmax(1), logits.shape[1]) + (soft - soft.detach())
 
 
-def usage_entropy(log_q: Tensor) -> Tensor:
-    """Entropy in nats of the words that a batch uses, E q; log_q [B, V, h, w]: log-probabilities at each place."""
+def usage_entropy(log_q: Tensor, world_size: int = 1) -> Tensor:
+    """Entropy in nats of the words that a global batch uses, E q, with its gradient on each rank.
+
+    Args:
+        log_q: [B, V, h, w], log-probabilities at each place, of this rank's images; equally many on each.
+    """
     # of logarithms: a word whose probability rounds to 0 everywhere has an infinite slope, and that times 0 is NaN
     log_share = log_q.logsumexp((0, 2, 3)) - math.log(log_q.numel() / log_q.shape[1])
+    if world_size > 1:
+        log_share = torch.stack(all_gather(log_share)).logsumexp(0) - math.log(world_size)
     return -(log_share.exp() * log_share).sum()
 
 
 class DvaeTrainer(nn.Module):
     """Encoder and decoder with the loss between them."""
 
-    def __init__(self, config: TokenizerTrainConfig) -> None:
+    def __init__(self, config: TokenizerTrainConfig, world_size: int = 1) -> None:
         super().__init__()
-        self.config = config
-        self.encoder, self.decoder = Encoder(config.architecture), Decoder(config.architecture)
+        self.config, self.world_size = config, world_size
+        self.encoder, self.decoder = Encoder(config.model), Decoder(config.model)
 
-    def forward(self, images: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, noise: Tensor, temperature: Tensor, kl_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
             images: uint8 [B, h, w, 3].
-            step: decides the temperature and the weight of the KL term.
-            generator: of the words that are drawn; on the images' device.
+            noise: [B, V, h, w] over the tokens' grid, of `gumbel_noise`.
+            temperature, kl_weight: [B], the same for all images of a step.
 
         Returns:
-            loss, mean absolute error of the pixels in [0, 1] (of drawn words), words [B, h, w] (the likeliest).
+            loss; mean absolute error of the pixels in [0, 1] (of drawn words); [V] int64, how often each word is the
+            likeliest.
         """
         config = self.config
         pixels = to_mapped(images)
-        with autocast(config.precision, pixels.device):
-            logits = self.encoder(pixels)
-        log_q = logits.float().log_softmax(1)
-        words = draw_words(log_q, config.temperature_at(step), generator)
-        with autocast(config.precision, pixels.device):
-            stats = self.decoder(words)
-        divergence = (log_q.exp() * log_q).sum(1).mean() + math.log(config.vocab_size)
-        weighted = config.kl_weight_at(step) * divergence - config.usage_weight * usage_entropy(log_q)
-        loss = logit_laplace(stats.float(), pixels) + weighted / (3 * config.architecture.stride**2)
+        log_q = self.encoder(pixels).float().log_softmax(1)
+        stats = self.decoder(draw_words(log_q, noise, temperature[:, None, None, None])).float()
+        divergence = (log_q.exp() * log_q).sum(1).mean() + math.log(config.model.vocab_size)
+        usage = config.objective.usage_weight * usage_entropy(log_q, self.world_size)
+        loss = logit_laplace(stats, pixels) + (kl_weight[0] * divergence - usage) / (3 * config.model.stride**2)
         error = (to_images(stats.detach()).float() - images.float()).abs().mean() / 255
-        return loss, error, log_q.argmax(1)
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Convolutions in bf16 where that is wanted, or where there is a GPU and nothing is said."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+        return loss, error, torch.bincount(log_q.argmax(1).flatten(), minlength=config.model.vocab_size)

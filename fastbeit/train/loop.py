@@ -1,0 +1,323 @@
+"""The loop, of every training: resume, step, log, save, look, stop. It knows nothing of BEiT.
+
+A job tells it what a step is, as a `Task`.
+"""
+
+import contextlib
+import math
+import platform
+import shlex
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import fastbeit
+from fastbeit.config.sections import EngineConfig, LogConfig, OptimConfig
+from fastbeit.data.batch import Batch
+from fastbeit.engine.protocol import make_engine
+from fastbeit.engine.ranks import World
+from fastbeit.errors import DONE, PREEMPTED, ConfigError, DataError, RunError
+from fastbeit.train.bad_samples import BadSamples
+from fastbeit.train.checkpoint import Saver
+from fastbeit.train.ema import Average
+from fastbeit.train.log import RunLog
+from fastbeit.train.meter import Meter
+from fastbeit.train.optim import learning_rate, make_optimizer, set_learning_rate
+from fastbeit.train.stop import Stop, StopWanted
+
+MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a training is stopped
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the sums of some steps say."""
+
+    figures: dict[str, float]  # for the log
+    line: str  # the same for the eye
+    warning: str | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """Something that is looked at now and then: held-out loss, reconstructions."""
+
+    name: str  # of the event in the log
+    every: int  # steps; 0: at the end alone
+    see: Callable[[nn.Module, RunLog, int], Reading | None]  # the model that is kept, the log, the step
+
+
+class Task(Protocol):
+    """What a job tells the loop."""
+
+    optim: OptimConfig
+    num_images: int
+    num_steps: int
+    num_warmup: int
+    epoch_steps: int
+    origin: dict[str, Any]  # what a checkpoint must agree with: where its data and its labels come from
+    sums: tuple[str, ...]  # names of what the model returns
+    ema_decay: float | None  # of the averaged weights; None: none are kept
+    looks: list[Look]
+
+    def make_model(self) -> nn.Module:
+        """With the weights to start from, on any device. Its forward takes what `inputs` gives, and returns sums over
+        a micro-batch, the loss first."""
+        ...
+
+    def start(self, model: nn.Module) -> None:
+        """What a fresh training computes before its first step, on rank 0; all get its weights."""
+        ...
+
+    def batches(self, first_step: int) -> Generator[Batch, None, None]: ...
+
+    def inputs(self, batch: Batch, step: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Tensors whose dim 0 is the image, and the count that this rank adds to what the loss is divided by."""
+        ...
+
+    def read(self, sums: dict[str, Tensor], count: float) -> Reading:
+        """What sums over all ranks say, of so many predictions."""
+        ...
+
+    def greet(self, log: RunLog, model: nn.Module) -> None: ...
+
+
+class TaskConfig(Protocol):
+    """The sections of a configuration that the loop needs."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+    @property
+    def log(self) -> LogConfig: ...
+    @property
+    def profile(self) -> bool: ...
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    exit_code: int
+    checkpoint: Path | None  # the last one
+    model: nn.Module  # the averaged one, where there is one
+    seconds: float  # over all parts of the training
+    num_steps_taken: int  # in this part
+
+
+def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, command: list[str]) -> Outcome:
+    """Train until `task.num_steps`, or go on with a training that was interrupted.
+
+    Raises:
+        RunError: no usable checkpoint, no data, too many bad images, a loss that is not finite; on all ranks alike.
+    """
+    optim, began = task.optim, time.monotonic()
+    check_batch(optim, world)
+
+    # resume order:
+    # 1. the newest checkpoint that verifies, made from what this training is made from
+    # 2. weights, before the engine takes its share of them; or a start
+    # 3. their average
+    # 4. moments, which the engine spreads over its ranks
+    # 5. the step: order, crops, masks, noise, drop path and learning rate are functions of it
+    saver = Saver(out / "checkpoints", task.origin, config.log.keep, world)
+    torch.manual_seed(config.seed)
+    model = task.make_model()
+    saver.load_weights(model)
+    model.to(world.device)
+    if saver.last_checkpoint is None:
+        if world.rank == 0:
+            task.start(model)
+        world.share(model)
+    average = Average(model, task.ema_decay)
+    saver.load_average(average)
+    optimizer = make_optimizer(model, optim)
+    engine = make_engine(config.engine, optim, model, optimizer, world)
+    saver.load_moments(engine)
+    first_step = step = saver.first_step
+    began -= saver.seconds_before
+
+    def save() -> None:
+        known = {"config": config.model_dump(mode="json"), "versions": _versions()}
+        saver.save(step, engine, model, average, known | {"seconds": time.monotonic() - began})
+
+    def say() -> None:
+        lr = learning_rate(step - 1, task.num_steps, task.num_warmup, optim)
+        _say(log, task, meter, {"step": step, "epoch": step / task.epoch_steps, "lr": lr}, len(bad_samples))
+        _stop_if_lost(meter, step, lr, saver.last_checkpoint)
+
+    meter = Meter(world, optim.batch_size)
+    bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0)
+    with (
+        contextlib.closing(task.batches(step)) as batches,
+        RunLog(out if world.rank == 0 else None, step, task.num_steps) as log,
+        _profiler(config, out, world) as profiler,
+        _saved_without_data(lambda: step > saver.last_step and save(), saver),
+    ):
+        feed = Feed(batches, world, stop, bad_samples, meter)
+        for problem in saver.problems:
+            log.say(f"checkpoint passed over: {problem}")
+        task.greet(log, model)
+        while step < task.num_steps and (batch := feed.next()):
+            # ---- one step -------------------------------------------------------------------------------------------
+            tensors, count = task.inputs(batch, step)
+            count = world.add(count)
+            set_learning_rate(optimizer, learning_rate(step, task.num_steps, task.num_warmup, optim))
+            for part, is_last in micro_batches(tensors, optim.accumulate):
+                meter.add(engine.accumulate(part, count.clamp_min(1), is_last))
+            meter.end_step(count, grad_norm=engine.step())
+            average.follow(model, step)
+            step += 1
+            # ---------------------------------------------------------------------------------------------------------
+
+            log.advance()
+            if profiler:
+                profiler.step()
+            # once in a while: say how it goes
+            if step % config.log.every == 0 or step in (first_step + 1, task.num_steps):
+                say()
+            # once in a while: save, before anybody looks, which takes long
+            if feed.save_wanted or step == task.num_steps or is_due(step, config.log.save_every):
+                stop.save_wanted = False
+                save()
+            # once in a while: look
+            for look in task.looks:
+                if step == task.num_steps or is_due(step, look.every):
+                    _see(log, look, average.model or model, step)
+        if step < task.num_steps:
+            if meter.num_steps:
+                say()
+            if step > saver.last_step:
+                save()
+            log.say(f"stopped at step {step} of {task.num_steps}, saved; to go on: {shlex.join(command)}")
+
+    code = DONE if step == task.num_steps else PREEMPTED
+    kept = average.model or model
+    return Outcome(code, saver.last_checkpoint, kept, time.monotonic() - began, step - first_step)
+
+
+class Feed:
+    """The batches of the steps, one verdict a step: all ranks have the next one, or end together."""
+
+    def __init__(
+        self, batches: Iterator[Batch], world: World, stop: Stop, bad_samples: BadSamples, meter: Meter
+    ) -> None:
+        self._batches, self._world, self._stop, self._bad_samples, self._meter = (
+            batches,
+            world,
+            stop,
+            bad_samples,
+            meter,
+        )
+        self.save_wanted = False  # by somebody, when the last batch was asked for
+
+    def next(self) -> Batch | None:
+        """This rank's batch of the next step; None: somebody was asked to stop.
+
+        Raises:
+            DataError: a rank has no data (66), or too many images are bad (65); on all ranks in the same step.
+        """
+        began = time.perf_counter()
+        batch, error = self._fetch()
+        self._meter.waited(time.perf_counter() - began)
+        now = self._world.agree(
+            stop=self._stop.wanted, save=self._stop.save_wanted, bad=batch.bad if batch else [], error=error
+        )
+        self.save_wanted = now.saves
+        if now.error:
+            raise now.error
+        self._bad_samples.add(now.bad)
+        return None if now.stops else batch
+
+    def _fetch(self) -> tuple[Batch | None, DataError | None]:
+        try:
+            # who waits for a disk that does not answer hears a stop too
+            with self._stop.interrupts():
+                return next(self._batches), None
+        except DataError as err:
+            return None, err
+        except StopWanted:
+            return None, None
+
+
+@contextlib.contextmanager
+def _saved_without_data(save: Callable[[], object], saver: Saver) -> Iterator[None]:
+    """A disk that vanishes, or too many bad images, cost no step that was taken."""
+    try:
+        yield
+    except DataError as err:
+        save()
+        raise DataError(f"{err}; last checkpoint: {saver.last_checkpoint or 'none'}", err.exit_code) from None
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def check_batch(optim: OptimConfig, world: World) -> None:
+    parts = world.size * optim.accumulate
+    if optim.batch_size % parts:
+        fit = max(1, round(optim.batch_size / parts)) * parts
+        raise ConfigError(
+            f"optim.batch_size {optim.batch_size} does not divide into {world.size} ranks x "
+            f"{optim.accumulate} micro-batches; try {fit}"
+        )
+
+
+def micro_batches(tensors: tuple[Tensor, ...], accumulate: int) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
+    """Contiguous shares of a step's images, and whether each is the last."""
+    num_images = len(tensors[0])
+    size = math.ceil(num_images / accumulate)
+    for start in range(0, num_images, size):
+        yield tuple(tensor[start : start + size] for tensor in tensors), start + size >= num_images
+
+
+def _say(log: RunLog, task: Task, meter: Meter, place: dict[str, float], num_bad: int) -> None:
+    sums, count, common = meter.read()
+    reading = task.read(dict(zip(task.sums, sums, strict=True)), count)
+    log.write({**place, **reading.figures, **common, "bad_samples": num_bad})
+    waits = f"{common['images_per_s']:.1f} img/s  waiting for data {common['data_wait_share']:.0%}"
+    log.show(int(place["step"]), f"{reading.line}  {waits}")
+    if reading.warning:
+        log.say(reading.warning)
+
+
+def _see(log: RunLog, look: Look, model: nn.Module, step: int) -> None:
+    reading = look.see(model, log, step)
+    if reading:
+        log.write({"step": step, "event": look.name, **reading.figures})
+        log.say(f"step {step}  {reading.line}")
+
+
+def _stop_if_lost(meter: Meter, step: int, lr: float, last_checkpoint: Path | None) -> None:
+    if meter.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise RunError(
+            f"loss or gradient was not finite in the last {meter.skipped_in_a_row} steps up to step {step} "
+            f"(learning rate {lr:.2e}); no update was made from them. Lower optim.lr or optim.clip_grad, or warm up "
+            f"longer, in another out; last checkpoint: {last_checkpoint or 'none'}"
+        )
+
+
+@contextlib.contextmanager
+def _profiler(config: TaskConfig, out: Path, world: World):
+    """Traces steps 3 to 5 of this start, when asked to; gives the profiler to step, or None."""
+    if not config.profile or world.rank:
+        yield None
+        return
+    with torch.profiler.profile(
+        # there is but one cycle; otherwise PyTorch 2.11 warns, and crashes where a warning is an error
+        acc_events=True,
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(out / "profile.json")),
+    ) as profiler:
+        yield profiler
+
+
+def _versions() -> dict[str, str]:
+    return {"fastbeit": fastbeit.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
