@@ -6,7 +6,7 @@ from torch import Tensor
 FLOOR = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}  # where eager happens to be exact
 
 
-def assert_within_budget(name: str, fast: Tensor, eager: Tensor, exact: Tensor, terms: int = 0) -> None:
+def assert_within_budget(name: str, fast: Tensor, eager: Tensor, exact: Tensor, *, terms: int = 0) -> None:
     """Fail unless `fast` errs at most twice what `eager` does, in the worst element and in norm.
 
     Args:
