@@ -11,9 +11,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 from fastbeit.config.tokenizer import TokenizerTrainConfig
+from fastbeit.engine.ranks import stacked
 from fastbeit.tokenizer.dvae import Decoder, Encoder, one_hot, to_images, to_mapped
 
 
@@ -44,7 +44,7 @@ def usage_entropy(log_q: Tensor, world_size: int = 1) -> Tensor:
     # of logarithms: a word whose probability rounds to 0 everywhere has an infinite slope, and that times 0 is NaN
     log_share = log_q.logsumexp((0, 2, 3)) - math.log(log_q.numel() / log_q.shape[1])
     if world_size > 1:
-        log_share = torch.stack(all_gather(log_share)).logsumexp(0) - math.log(world_size)
+        log_share = stacked(log_share).logsumexp(0) - math.log(world_size)
     return -(log_share.exp() * log_share).sum()
 
 
