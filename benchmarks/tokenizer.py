@@ -126,7 +126,7 @@ def agreement(args: argparse.Namespace, device: torch.device) -> list[Row]:
         raise AssertionError("nothing is decoded")
 
     loads: dict[str, Callable[[torch.dtype], Tokenizer]] = {
-        args.tokenizer or "in the box": lambda dtype: load_tokenizer(args.tokenizer, device, dtype),
+        args.tokenizer or "bundled": lambda dtype: load_tokenizer(args.tokenizer, device, dtype),
         "random weights": lambda dtype: DiscreteVAE(encoder, no_decoder, "", dtype),
     }
     rows = []
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="times that each takes its turn, after three to warm up")
     parser.add_argument("--batch", type=int, help="images encoded together (8; on CUDA 128)")
     parser.add_argument("--step-batch", type=int, help="images a training step (2; on CUDA 128)")
-    parser.add_argument("--tokenizer", default="", metavar="DIR", help="judged by `agreement` (the one in the box)")
+    parser.add_argument("--tokenizer", default="", metavar="DIR", help="judged by `agreement` (the bundled one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables there too")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -110,7 +110,7 @@ def _index(args: list[str]) -> int:
         return _check_index(args[1:])
     parser = argparse.ArgumentParser(
         "fastbeit index",
-        description="List the images of a source; what is not used is said with its reason. "
+        description="List the images of a source; files that cannot be used are listed with the reason. "
         "`fastbeit index check images.idx` decodes them all.",
     )
     parser.add_argument(

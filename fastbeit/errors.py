@@ -1,4 +1,4 @@
-"""How a run ends other than well: a message for its user and an exit code that a scheduler understands."""
+"""Errors for the user: each has a message and an exit code that a scheduler understands."""
 
 DONE = 0
 USAGE = 2

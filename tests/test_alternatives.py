@@ -21,7 +21,7 @@ from fastbeit.tokenizer.codebook import (
     CodebookArchitecture,
     CodebookTokenizer,
 )
-from fastbeit.tokenizer.disk import BOX_NOTE, KINDS, Kind, is_box, load_tokenizer, save_tokenizer
+from fastbeit.tokenizer.disk import BUNDLED_NOTE, KINDS, Kind, is_bundled, load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.tokenizer.frozen import Strided, likeliest_words
 from fastbeit.tokenizer.protocol import Tokenizer
@@ -223,16 +223,20 @@ def test_a_damaged_tokenizer_ends_a_run_with_one_line(tmp_path, parts, capsys):
 
 def test_a_run_without_a_tokenizer_takes_the_one_in_the_box_and_says_so(tmp_path, parts, capsys, monkeypatch):
     box = make_tokenizer(tmp_path / "box", seed=0) / "dvae.safetensors"
-    monkeypatch.setattr(weights, "BOX", box.rename(tmp_path / "box/small.safetensors"))
+    monkeypatch.setattr(weights, "BUNDLED", box.rename(tmp_path / "box/small.safetensors"))
     (tmp_path / "box/dvae.json").rename(tmp_path / "box/small.json")
     fingerprint = load_tokenizer("").fingerprint
-    assert fingerprint == load_tokenizer(weights.BOX).fingerprint and is_box(fingerprint) and not is_box("0" * 64)
+    assert (
+        fingerprint == load_tokenizer(weights.BUNDLED).fingerprint
+        and is_bundled(fingerprint)
+        and not is_bundled("0" * 64)
+    )
 
     assert pretrain(parts, tmp_path / "run", "") == 0
     assert_learnt_from(tmp_path / "run", fingerprint, vocab_size=32)
-    assert BOX_NOTE in capsys.readouterr().err and "fastbeit tokenizer fetch" in BOX_NOTE
+    assert BUNDLED_NOTE in capsys.readouterr().err and "fastbeit tokenizer fetch" in BUNDLED_NOTE
     assert pretrain(parts, tmp_path / "other", make_tokenizer(tmp_path / "mine", seed=1)) == 0
-    assert BOX_NOTE not in capsys.readouterr().err
+    assert BUNDLED_NOTE not in capsys.readouterr().err
 
 
 def test_the_example_of_the_interface_is_right():

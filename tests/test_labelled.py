@@ -10,6 +10,7 @@ from fastbeit.config.finetune import AugmentConfig
 from fastbeit.config.sections import DataConfig
 from fastbeit.data import labelled
 from fastbeit.data.augment import draw_steps, fill_of, rand_augment
+from fastbeit.data.batch import Batch
 from fastbeit.data.decode import decode_reference
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
@@ -72,15 +73,23 @@ def assert_same(ours, theirs):
         assert_equal(one, two)
 
 
+VALUES = "images", "labels", "sample", "epoch"
+
+
 def assert_equal(one, two):
-    for name in ("images", "labels", "sample", "epoch"):
+    for name in VALUES:
         assert torch.equal(getattr(one, name), getattr(two, name)), name
 
 
 def joined(shares):
     """One batch of the shares of all ranks."""
-    parts = {name: torch.cat([getattr(share, name) for share in shares]) for name in vars(shares[0]) if name != "bad"}
-    return labelled.LabelledBatch(**parts, bad=[entry for share in shares for entry in share.bad])
+    parts = {name: torch.cat([getattr(share, name) for share in shares]) for name in VALUES}
+    return Batch(**parts, token_images=None, bad=[entry for share in shares for entry in share.bad])
+
+
+def labels_of(batch: Batch) -> torch.Tensor:
+    assert batch.labels is not None and batch.token_images is None
+    return batch.labels
 
 
 # ---- training
@@ -92,8 +101,8 @@ def test_training_batches(index):
     assert sorted(samples[:NUM_IMAGES].tolist()) == list(range(NUM_IMAGES))
     for batch in whole:
         assert batch.images.shape == (4, 32, 48, 3) and batch.images.dtype == torch.uint8
-        assert batch.labels.dtype == torch.int64
-        assert [f"class_{label}" for label in batch.labels] == [
+        assert labels_of(batch).dtype == torch.int64
+        assert [f"class_{label}" for label in labels_of(batch)] == [
             index.path(i).parent.name for i in batch.sample.tolist()
         ]
 
@@ -163,7 +172,9 @@ def test_a_bad_image_is_replaced_with_its_label(tmp_path):
     (batch,) = training(index, batch_size=NUM_IMAGES, num_steps=1)
     assert [row for row, _ in batch.bad] == [3] and "03.png" in batch.bad[0][1]
     assert sorted(batch.sample.tolist()) == [0, 1, 2, 4, 4, 5, 6, 7, 8, 9, 10]
-    assert [f"class_{label}" for label in batch.labels] == [index.path(i).parent.name for i in batch.sample.tolist()]
+    assert [f"class_{label}" for label in labels_of(batch)] == [
+        index.path(i).parent.name for i in batch.sample.tolist()
+    ]
     # with the augmentation of the image that is shown
     first, second = batch.images[batch.sample == 4]
     assert torch.equal(first, second)
@@ -180,7 +191,7 @@ def test_every_image_is_evaluated_once_in_order(index, world_size, batch_size):
     assert {len(batches) for batches in ranks} == {-(-NUM_IMAGES // batch_size)}
     together = joined([joined(shares) for shares in zip(*ranks, strict=True)])
     assert together.sample.tolist() == list(range(NUM_IMAGES)) and not together.epoch.any()
-    assert together.labels.tolist() == [i * 3 // NUM_IMAGES for i in range(NUM_IMAGES)] and together.bad == []
+    assert labels_of(together).tolist() == [i * 3 // NUM_IMAGES for i in range(NUM_IMAGES)] and together.bad == []
     (whole,) = evaluation(index, batch_size=NUM_IMAGES)
     assert_equal(together, whole)
 
@@ -199,7 +210,7 @@ def test_bad_images_are_left_out_of_evaluation(tmp_path):
     batches = list(evaluation(index, batch_size=2))
     assert [batch.sample.tolist() for batch in batches] == [[0, 1], [2, 3], [5], [6, 7], [], [10]]
     assert [[row for row, _ in batch.bad] for batch in batches] == [[], [], [4], [], [8, 9], []]
-    assert all(len(batch.images) == len(batch.labels) == len(batch.epoch) == len(batch.sample) for batch in batches)
+    assert all(len(batch.images) == len(labels_of(batch)) == len(batch.epoch) == len(batch.sample) for batch in batches)
     assert "04.png" in batches[2].bad[0][1]
     (whole,) = evaluation(index, batch_size=NUM_IMAGES)
     assert_equal(joined(batches), whole)

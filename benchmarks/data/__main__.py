@@ -43,6 +43,7 @@ from fastbeit.data.demo_photos import FOLDERS, HELD_OUT, TRAINING
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.plans import Plans
+from fastbeit.data.reading import batch_of, read_step
 from fastbeit.tokenizer.disk import load_tokenizer
 
 Row = dict[str, Any]
@@ -209,6 +210,7 @@ def glue_pieces(plans: Plans) -> dict[str, Callable[[int], object]]:
     views = [np.zeros((*side, 3), np.uint8) for side in sides]
     drawn = plans.draw(0)
     epoch, sample = torch.from_numpy(drawn.epoch), torch.from_numpy(drawn.sample)
+    found = list(read_step(plans, drawn, lambda *of_image: None))
 
     def assemble(step: int) -> Batch:
         outputs = [np.empty((len(sample), *side, 3), np.uint8) for side in sides]
@@ -216,12 +218,12 @@ def glue_pieces(plans: Plans) -> dict[str, Callable[[int], object]]:
             for output, view in zip(outputs, views, strict=True):
                 output[row] = view
         images, token_images = map(torch.from_numpy, outputs)
-        return drawn.batch(images, token_images)
+        return batch_of(drawn, found, images, token_images)
 
     return {
         "order, boxes, flips, jitters": plans.draw,
         "masks": lambda step: masks_of(sample, epoch + step),
-        "index and reading": lambda step: list(plans.load(drawn, lambda *of_image: None)),
+        "index and reading": lambda step: list(read_step(plans, drawn, lambda *of_image: None)),
         "batches": assemble,
     }
 

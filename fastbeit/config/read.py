@@ -152,9 +152,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _explain_config(args: list[str]) -> int:
     """Every field with its default, or with the value that CONFIG gives it."""
-    from fastbeit.config.pretrain import Config
-    from fastbeit.config.read import configure, load_config
-
     print(
         "fastbeit pretrain CONFIG [key=value ...]\n\nThe keys, for example optim.lr=1e-3 data.image_size=[224,224]:\n"
     )

@@ -91,7 +91,7 @@ class TokenizerConfig(Section):
     path: str = Field(
         default="",
         description="directory with dvae.safetensors and dvae.json, made by `fastbeit tokenizer`; empty: the small "
-        "tokenizer in the box",
+        "bundled tokenizer",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto",

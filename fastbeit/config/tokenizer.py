@@ -79,7 +79,9 @@ class ObjectiveConfig(Section):
     temperature: tuple[Positive, Positive] = Field(
         default=(1.0, 1 / 16), description="of the relaxation: start and end"
     )
-    kl_weight: float = Field(default=6.6, ge=0, description="of the KL term, reached after a third of the steps")
+    kl_weight: float = Field(
+        default=6.6, ge=0, description="of the KL term; rises from 0 during the first third of the steps"
+    )
     usage_weight: float = Field(
         default=50.0, ge=0, description="of the entropy of the words in use; 0: as in the paper"
     )

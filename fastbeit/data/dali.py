@@ -26,6 +26,7 @@ from fastbeit.data.batch import Batch, TokenViews
 from fastbeit.data.decode import LUMA, Checked, check
 from fastbeit.data.index.reader import Index
 from fastbeit.data.plans import Drawn, Plans
+from fastbeit.data.reading import Bad, Found, batch_of, plans_of, read_rows, read_step
 from fastbeit.data.to_device import one_ahead
 from fastbeit.data.views import BRIGHTNESS, SATURATION, Rule
 from fastbeit.errors import RunError
@@ -40,16 +41,17 @@ def dali_batches(plans: Plans, rule: Rule, steps: range) -> Generator[Batch, Non
     """Batches as `make_loader` gives them; images lie on the GPU when there is one."""
     with _threads(plans) as threads:
         views = Views(plans, rule, plans.batch_size // plans.world_size)
-        loads = ((drawn, plans.load(drawn, _check, threads.map)) for drawn in map(plans.draw, steps))
+        loads = ((drawn, read_step(plans, drawn, _check, threads.map)) for drawn in map(plans.draw, steps))
 
-        def begun() -> Iterator[Drawn]:
+        def begun() -> Iterator[tuple[Drawn, list[Found]]]:
             for drawn, checked in one_ahead(loads):
-                views.begin(list(checked), drawn.plans)
-                yield drawn
+                found = list(checked)
+                views.begin([one.made for one in found], plans_of(found))
+                yield drawn, found
 
-        for drawn in one_ahead(begun()):
+        for drawn, found in one_ahead(begun()):
             images, *token_images = views.end()
-            yield drawn.batch(images, *(token_images or [None]))
+            yield batch_of(drawn, found, images, *(token_images or [None]))
 
 
 def dali_token_views(
@@ -59,11 +61,13 @@ def dali_token_views(
     num_views, ((token_size, _),) = plans.data.num_crops, rule.views()
     with _threads(plans) as threads:
         views = Views(plans, rule, together * num_views)
-        loads = ((rows, bad, plans.load_valid(rows, _check, bad, threads.map)) for rows in items for bad in [[]])
+        loads = ((rows, read_rows(plans, rows, _check, threads.map)) for rows in items)
 
-        def begun() -> Iterator[tuple[range, list[tuple[int, str]], list[int]]]:
-            for rows, bad, valid in one_ahead(loads):
-                checked: dict[int, Checked] = dict(valid)
+        def begun() -> Iterator[tuple[range, Bad, list[int]]]:
+            for rows, attempts in one_ahead(loads):
+                attempts = list(attempts)
+                bad = [each for one in attempts for each in one.bad]
+                checked: dict[int, Checked] = {one.place: one.made for one in attempts if not one.bad}
                 if checked:
                     repeated = [image for image in checked.values() for _ in range(num_views)]
                     views.begin(repeated, plans.augment_views(rows)[list(checked)].reshape(-1))
@@ -159,7 +163,7 @@ def _graph(views: list[tuple[Size, str]], decoder: dict[str, Any]) -> tuple[Any,
     anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-    # what is not upright comes as PNM, turned
+    # `decode.check` has turned images with an EXIF orientation, and passes them on as PNM
     crop = fn.decoders.image_slice(
         encoded, anchor, shape, axes=(0, 1), output_type=types.RGB, adjust_orientation=False, **decoder
     )

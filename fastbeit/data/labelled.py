@@ -5,6 +5,7 @@ each image, by the authors' rule.
 """
 
 from collections.abc import Generator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from fastbeit.config.finetune import AugmentConfig
 from fastbeit.config.sections import DataConfig, Size
 from fastbeit.data.augment import draw_steps, fill_of, rand_augment
-from fastbeit.data.batch import LabelledBatch
+from fastbeit.data.batch import Batch
 from fastbeit.data.decode import MAX_PIXELS, decode, decode_reference
 from fastbeit.data.index.reader import Index
 from fastbeit.data.loader import CpuBatches
@@ -39,8 +40,8 @@ def make_labelled_loader(
     world_size: int,
     first_step: int,
     num_steps: int,
-) -> Generator[LabelledBatch, None, None]:
-    """The training batches of steps `first_step` to `num_steps` - 1 for one rank, as `pipeline.make_loader`.
+) -> Generator[Batch, None, None]:
+    """The training batches of steps `first_step` to `num_steps` - 1 for one rank, as `loader.make_loader`.
 
     RandAugment takes the place of colour jitter, as in timm. Random erasing is left to `augment.erase_`, which works
     where the normalised images are.
@@ -58,7 +59,7 @@ def make_labelled_loader(
 
 def make_eval_loader(
     data: DataConfig, index: Index, *, batch_size: int, rank: int, world_size: int
-) -> Generator[LabelledBatch, None, None]:
+) -> Generator[Batch, None, None]:
     """Every image once, in the order of the index; of each `batch_size` images rank r gets the r-th contiguous share.
 
     All ranks get equally many batches; a share of the last can be short, and with more ranks than images empty. A bad
@@ -98,14 +99,14 @@ class TrainingBatches(Dataset):
         self.views = CpuBatches(plans, Rule(plans.data.image_size, None, plans.data.jitter_on))
         self.fill = fill_of(plans.data.mean)
 
-    def __getitem__(self, step: int) -> LabelledBatch:
+    def __getitem__(self, step: int) -> Batch:
         batch, augment = self.views[step], self.augment
         # of the images that are shown: in place of a bad one stands another
         sample, epoch, images = batch.sample.numpy(), batch.epoch.numpy(), batch.images.numpy()
         magnitude = augment.magnitude, augment.magnitude_std
         for row, steps in enumerate(draw_steps(self.plans.seed, epoch, sample, augment.num_ops, *magnitude)):
             images[row] = rand_augment(images[row], steps, self.fill)
-        return LabelledBatch(batch.images, _labels(self.plans.index, sample), batch.sample, batch.epoch, batch.bad)
+        return replace(batch, labels=_labels(self.plans.index, sample))
 
 
 class EvalBatches(Dataset):
@@ -115,7 +116,7 @@ class EvalBatches(Dataset):
         self.index, self.size = index, data.image_size
         self.decode = decode_reference if data.pipeline == "pillow" else _decode
 
-    def __getitem__(self, rows: range) -> LabelledBatch:
+    def __getitem__(self, rows: range) -> Batch:
         images, samples, bad = np.empty((len(rows), *self.size, 3), np.uint8), [], []
         for i in rows:
             try:
@@ -125,7 +126,7 @@ class EvalBatches(Dataset):
                 bad.append((i, f"{self.index.name(i)}: {err}"))
         sample = np.array(samples, np.int64)
         views, epoch = torch.from_numpy(images[: len(sample)]), torch.zeros(len(sample), dtype=torch.int64)
-        return LabelledBatch(views, _labels(self.index, sample), torch.from_numpy(sample), epoch, bad)
+        return Batch(views, None, torch.from_numpy(sample), epoch, bad, _labels(self.index, sample))
 
     def _middle(self, i: int) -> np.ndarray:
         size = int(self.index.heights[i]), int(self.index.widths[i])

@@ -17,6 +17,7 @@ from fastbeit.data.batch import Batch, TokenViews
 from fastbeit.data.decode import decode_reduced, decode_reference
 from fastbeit.data.index.reader import Index
 from fastbeit.data.plans import Drawn, Plans
+from fastbeit.data.reading import batch_of, read_rows, read_step
 from fastbeit.data.views import Rule, pillow_views, torch_views
 from fastbeit.data.workers import load_items
 from fastbeit.errors import ConfigError
@@ -110,12 +111,18 @@ class CpuBatches(Dataset):
 
     def _make(self, drawn: Drawn) -> Batch:
         outputs = [np.empty((len(drawn.sample), *size, 3), np.uint8) for size, _ in self.rule.views()]
-        photos = self.plans.load(drawn, lambda data, size, plan: self.photo(data, size, [plan], self.rule))
-        for row, (views,) in enumerate(photos):
-            for output, view in zip(outputs, views, strict=True):
+        found = []
+        for row, one in enumerate(read_step(self.plans, drawn, self._photo)):
+            for output, view in zip(outputs, one.made, strict=True):
                 output[row] = view
+            # views are large, and they are in the batch already
+            found.append(one._replace(made=None))
         images, *token_images = (torch.from_numpy(output) for output in outputs)
-        return drawn.batch(images, *(token_images or [None]))
+        return batch_of(drawn, found, images, *(token_images or [None]))
+
+    def _photo(self, data: bytes, size: Size, plan: np.void) -> list[np.ndarray]:
+        (views,) = self.photo(data, size, [plan], self.rule)
+        return views
 
 
 class CpuTokenViews(Dataset):
@@ -129,9 +136,10 @@ class CpuTokenViews(Dataset):
         ((token_size, _),) = self.rule.views()
         images, bad = np.zeros((len(rows), self.plans.data.num_crops, *token_size, 3), np.uint8), []
         with _one_thread():
-            photos = self.plans.load_valid(rows, partial(self.photo, rule=self.rule), bad)
-            for place, views in photos:
-                images[place] = np.concatenate(views)
+            for place, views, reasons in read_rows(self.plans, rows, partial(self.photo, rule=self.rule)):
+                bad += reasons
+                if not reasons:
+                    images[place] = np.concatenate(views)
         return TokenViews(rows, torch.from_numpy(images), bad)
 
 

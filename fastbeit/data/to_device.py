@@ -63,7 +63,7 @@ class Copier:
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """Each item, when the next one has been asked for; what goes wrong with that one is raised in its turn."""
+    """Each item, after the next one has been fetched; an error while fetching is raised in that one's turn."""
     iterator, end = iter(items), object()
     item: Any = next(iterator, end)
     while item is not end:

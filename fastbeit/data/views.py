@@ -83,7 +83,7 @@ def torch_views(decode_to: Callable[[int], Decoded], plan: np.void, rule: Rule) 
     box, flip, jitters = plan["box"].tolist(), bool(plan["flip"]), bool((plan["factors"] != 1).any())
     views = []
     for size, name in rule.views():
-        # what is done to a view must not depend on the others: that it is smaller than the patch view is only usual
+        # by the larger of both sizes, so that a view is the same whether or not the other one is made
         image = decode_to(reduction(box, (max(size[0], rule.image_size[0]), max(size[1], rule.image_size[1]))))
         by_torch = image.reduce == 1 and name in TORCH_FILTERS
         view = (_resize_by_torch if by_torch else _resize_by_pillow)(image, box, size, name)

@@ -1,4 +1,4 @@
-"""Ranks: the only file that knows there may be several of them, and who takes the optimizer step (design D9, D10).
+"""What an engine is: it runs the model, adds gradients over ranks and updates the weights; `make_engine` chooses one.
 
 The loss that is minimised is the mean over all masked patches of the global batch, whatever the ranks and
 micro-batches: each rank divides its sum by the global count, and gradients are added, not averaged.

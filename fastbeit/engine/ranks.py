@@ -71,7 +71,7 @@ class World:
         self.sum([0])
 
     def leave(self) -> None:
-        """The last thing a rank does that ended well."""
+        """Leave the process group; call it last, and not after an error."""
         if self.host_group is not None:
             dist.destroy_process_group()
 

@@ -40,7 +40,7 @@ class DeepSpeedEngine:
         # DeepSpeed averages over ranks; the sum is wanted
         self.engine.backward(loss_sum * (self.world.size / count), scale_wrt_gas=False)
         if not is_last:
-            # counts the micro-batch; only the last one's updates
+            # DeepSpeed counts micro-batches by calls of step(); only that after the last one updates
             self.engine.step()
         return loss_sum.detach(), *others
 

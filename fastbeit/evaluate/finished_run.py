@@ -13,7 +13,7 @@ from fastbeit.engine.ranks import World
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError
 from fastbeit.evaluate.masked import evaluate, token_histogram, unigram_baseline
 from fastbeit.model.beit import Beit, make_beit
-from fastbeit.tokenizer.disk import box_path, load_tokenizer
+from fastbeit.tokenizer.disk import bundled_path, load_tokenizer
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
 
@@ -78,7 +78,7 @@ def open_run(run: Path) -> Trained:
     tokenizer = load_tokenizer(config.tokenizer.path, world.device) if config.objective == "tokens" else None
     if tokenizer and tokenizer.fingerprint != state["tokenizer"]:
         raise RunError(
-            f"'{config.tokenizer.path or box_path()}' is not the tokenizer that the run was trained with",
+            f"'{config.tokenizer.path or bundled_path()}' is not the tokenizer that the run was trained with",
             CHECKPOINT_UNUSABLE,
         )
     model = make_beit(config, tokenizer.vocab_size if tokenizer else None)

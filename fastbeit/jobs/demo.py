@@ -25,7 +25,7 @@ WANTED_GAIN, WANTED_TRAIN_GAIN, WANTED_WORDS = 0.3, 0.5, 512
 
 
 def run_demo(out: Path, source: Path | None, overrides: list[str], num_crops: int, command: list[str]) -> int:
-    """Gather photos, index them, pre-train with the tokenizer in the box, report; say what was learnt, where to look.
+    """Gather photos, index them, pre-train with the bundled tokenizer, report; say what was learnt, where to look.
 
     Args:
         source: a folder of photos; None: those of scikit-image, scikit-learn and sporco.

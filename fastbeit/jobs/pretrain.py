@@ -22,7 +22,7 @@ from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
 from fastbeit.model.beit import Beit, make_beit
-from fastbeit.tokenizer.disk import BOX_NOTE, is_box
+from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Reading, check_batch, train
@@ -132,8 +132,8 @@ class Pretraining:
         log.say(f"visual tokens: {source}")
         if source.agreement is not None:
             log.write({"step": log.first_step, "event": "tokenizer", "agreement_with_fp32": source.agreement})
-        if source.fingerprint and is_box(source.fingerprint):
-            log.say(BOX_NOTE)
+        if source.fingerprint and is_bundled(source.fingerprint):
+            log.say(BUNDLED_NOTE)
         if config.data.num_crops:
             log.say(
                 f"data.num_crops={config.data.num_crops}: only so many crops an image; the official recipe draws new "

@@ -116,7 +116,7 @@ def table(figures: Figures) -> list[tuple[str, str, str]]:
     return [
         *rows,
         (
-            "sees nothing, knows training words, nats (the baseline)",
+            "baseline: knows only how frequent each word is in training, nats",
             number(figures.baseline),
             number(figures.train_crops_baseline),
         ),

@@ -22,7 +22,7 @@ from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DATA_MISSING, DONE, PREEMPTED, ConfigError, DataError
 from fastbeit.tokenizer.cache.reader import BAD, BAD_SAMPLES, FORMAT, Card, how_far, make_recipe
 from fastbeit.tokenizer.cache.writer import CacheWriter, chunk_rows
-from fastbeit.tokenizer.disk import BOX_NOTE, is_box
+from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.precision import Chosen
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.source import load_run_tokenizer
@@ -79,8 +79,8 @@ def _tokenize(config: Config, index: Index, chosen: Chosen, writer: CacheWriter,
             f"{recipe.num_images:,} images x {recipe.views} views x {recipe.num_tokens} tokens: "
             f"{writer.num_bytes:,} bytes in '{folder}'; {world.size} rank(s) on {world.device.type}",
         )
-        print(chosen.line, *([BOX_NOTE] if is_box(tokenizer.fingerprint) else []), sep="\n", flush=True)
-    # rank 0 looks for all what is left to do: who looked later would find chunks of this very job
+        print(chosen.line, *([BUNDLED_NOTE] if is_bundled(tokenizer.fingerprint) else []), sep="\n", flush=True)
+    # rank 0 lists the pending chunks for all: a later look would find chunks that this job has just written
     pending = world.gather(writer.begin() if world.rank == 0 else [])
     mine = pending[world.rank :: world.size]
     loader = make_token_loader(

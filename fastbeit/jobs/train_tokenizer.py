@@ -96,7 +96,7 @@ class DvaeTraining:
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch does not declare it
 
     def start(self, model: nn.Module) -> None:
-        """Both ends solved for the images of the first steps."""
+        """First and last layers solved in closed form on the images of the first steps (`kmeans_start`)."""
         assert isinstance(model, DvaeTrainer)
         device = self.world.device
         found = self._crops(self.index, self.config.seed, self.config.look_steps)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastbeit.config.sections import Size
 
-# a row of the bias starts 16 values after a multiple of 16: fused attention wants aligned rows (197 -> 208)
+# rows of the bias start at a multiple of 16 values, as fused attention wants them (197 -> 208)
 BIAS_ALIGNMENT = 16
 
 

@@ -82,7 +82,7 @@ class CustomizedDecoder(nn.Module):
 
 
 class CustomizedVAE(Strided):
-    """A frozen `Tokenizer`; `weights.load_tokenizer` makes one.
+    """A frozen `Tokenizer`; `disk.load_tokenizer` makes one.
 
     Args:
         encoder: on the device where tokens are wanted.

@@ -79,7 +79,7 @@ class CodebookDecoder(nn.Module):
 
 
 class CodebookTokenizer(Strided):
-    """A frozen `Tokenizer`; `weights.load_tokenizer` makes one.
+    """A frozen `Tokenizer`; `disk.load_tokenizer` makes one.
 
     Args:
         encoder: on the device where tokens are wanted.
@@ -153,7 +153,7 @@ def _first_alike(words: Tensor) -> Tensor:
 
 
 def import_codebook(path: Path) -> tuple[CodebookEncoder, CodebookDecoder]:
-    """Read a file of someone else's, laid out as this module says, to be saved by `weights.save_tokenizer`.
+    """Read a file of someone else's, laid out as this module says, to be saved by `disk.save_tokenizer`.
 
     Raises:
         TokenizerError: what the file lacks, has too much of, or has in another shape.

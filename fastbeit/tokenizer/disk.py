@@ -1,7 +1,7 @@
 """A tokenizer on disk: `dvae.safetensors` and its card `dvae.json`. Written atomically, read strictly, no pickle.
 
 The card says of what kind the tokenizer is and how large; the tensors follow from that, by name and shape. A pair of
-other names, `NAME.safetensors` and `NAME.json`, goes by the first of them: the tokenizer in the box is such a pair.
+other names, `NAME.safetensors` and `NAME.json`, goes by the first of them: the bundled tokenizer is such a pair.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,9 @@ from fastbeit.tokenizer.protocol import Tokenizer
 # one pair of names for every kind: of what kind it is the card says, and no reader has to look for it
 WEIGHTS, CARD = "dvae.safetensors", "dvae.json"
 FORMAT = 1
-BOX = Path(__file__).parent.parent / "assets" / "dvae-small.safetensors"
-BOX_NOTE = (
-    "the visual tokens are those of the small tokenizer in the box; results comparable with the paper want OpenAI's: "
+BUNDLED = Path(__file__).parent.parent / "assets" / "dvae-small.safetensors"
+BUNDLED_NOTE = (
+    "the visual tokens are those of the small bundled tokenizer; results comparable with the paper want OpenAI's: "
     "`fastbeit tokenizer fetch -o dvae/`, then tokenizer.path=dvae/"
 )
 S = TypeVar("S", bound=Section)
@@ -104,13 +104,13 @@ def load_tokenizer(
 
     Args:
         path: a directory with `dvae.safetensors` and `dvae.json`; NAME.safetensors, with NAME.json beside it; or an
-            empty text, for the tokenizer in the box.
+            empty text, for the bundled tokenizer.
         dtype: in which the encoder computes.
 
     Raises:
         TokenizerError: a file is missing, damaged, or does not hold exactly the tensors of its architecture.
     """
-    weights, card_file = _files(Path(path) if str(path) else box_path())
+    weights, card_file = _files(Path(path) if str(path) else bundled_path())
     card = _read_card(weights, card_file)
     kind = KINDS[card.kind]
     arch = _validated(kind.architecture, card.architecture, f"'{card_file}': architecture.")
@@ -135,14 +135,14 @@ def load_tokenizer(
     return kind.tokenizer(_read_into(encoder, weights, kind.prefixes[0], device), read_decoder, found, dtype)
 
 
-def box_path() -> Path:
-    """The tokenizer in the box; its card says what it was trained on."""
-    return BOX
+def bundled_path() -> Path:
+    """The bundled tokenizer; its card says what it was trained on."""
+    return BUNDLED
 
 
-def is_box(fingerprint: str) -> bool:
-    """Whether tokens are those of the tokenizer in the box, however it was named; then `BOX_NOTE` is due."""
-    return box_path().is_file() and sha256(box_path()) == fingerprint
+def is_bundled(fingerprint: str) -> bool:
+    """Whether tokens are those of the bundled tokenizer, however it was named; then `BUNDLED_NOTE` is due."""
+    return bundled_path().is_file() and sha256(bundled_path()) == fingerprint
 
 
 def _files(path: Path) -> tuple[Path, Path]:

@@ -124,7 +124,7 @@ class Block:
         self.convs, self.id_path = convs, id_path
 
     def __call__(self, x: Tensor) -> Tensor:
-        # a block of another width wants x no longer once its id path has seen it
+        # a block that changes the width needs x no more after its id path, so it may be written over
         total, hidden = (x, x.relu()) if self.id_path is None else (self.id_path(x), x.relu_())
         *first, last = self.convs
         for conv in first:
@@ -202,7 +202,7 @@ class FastEncoder:
 
 
 class DiscreteVAE(Strided):
-    """A frozen `Tokenizer`; `weights.load_tokenizer` makes one.
+    """A frozen `Tokenizer`; `disk.load_tokenizer` makes one.
 
     Not an `nn.Module`, so that it never ends up among the weights of the model that uses it.
 

@@ -20,7 +20,7 @@ them to a tokenizer that has one word for each square of pixels. One that knows 
     >>> tokenizer.decode(ids, (2, 3)).shape
     torch.Size([1, 16, 24, 3])
 
-For one that a config can name by its path, a line in `weights.KINDS` says which classes read its directory.
+For one that a config can name by its path, a line in `disk.KINDS` says which classes read its directory.
 """
 
 from typing import Protocol

@@ -39,7 +39,7 @@ class WordUsage:
             return None
         return (
             f"WARNING: only {self.num_in_use} of {num_words} words are in use. Tokens that hardly differ are easy to "
-            "predict and teach little: raise usage_weight, lower lr, or take a smaller vocab_size"
+            "predict and teach little: raise objective.usage_weight, lower optim.lr, or set a smaller model.vocab_size"
         )
 
 

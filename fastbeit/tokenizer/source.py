@@ -65,7 +65,7 @@ def open_token_source(config: Config, index: Index, device: torch.device) -> Tok
 
 
 def load_run_tokenizer(config: Config, index: Index, device: torch.device) -> Chosen:
-    """A run's tokenizer, in a precision that its own images bear: the same on each rank and in each job."""
+    """A run's tokenizer, in a precision that gives nearly the tokens of fp32; alike on all ranks and in all jobs."""
 
     @cache
     def load(dtype: torch.dtype) -> Tokenizer:
@@ -149,7 +149,7 @@ class CachedTokens:
         """
         if tokenizer.fingerprint != self.fingerprint:
             path = self._config.tokenizer.path
-            place = f"'{path}'" if path else "(empty: the one in the box)"
+            place = f"'{path}'" if path else "(empty: the bundled one)"
             raise RunError(
                 f"data.tokens '{self._cache.folder}' was made by tokenizer {self.fingerprint[:16]}..., but "
                 f"tokenizer.path {place} is {tokenizer.fingerprint[:16]}...; set tokenizer.path to "

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fastbeit.data.plans import bad_limit
+from fastbeit.data.reading import bad_limit
 from fastbeit.errors import DATA_LIMIT, DataError
 
 
@@ -46,7 +46,7 @@ class BadSamples:
                     file.write(json.dumps({"sample": sample, "reason": reason}) + "\n")
         if len(self._seen) > self._limit:
             raise DataError(
-                f"{len(self._seen)} bad images, more than the {self._limit} that a run puts up with (100, or 1 % of "
-                f"the data if that is more), listed in '{self.path}'; repair or remove them and make the index again",
+                f"{len(self._seen)} bad images, more than the limit of {self._limit} (100, or 1 % of the "
+                f"images if that is more), listed in '{self.path}'; repair or remove them and make the index again",
                 DATA_LIMIT,
             )

@@ -50,7 +50,7 @@ class Saver:
         self._weights = load_model(self.last_checkpoint) if self.last_checkpoint else {}
 
     def load_weights(self, model: nn.Module) -> None:
-        """Of the checkpoint that the training goes on from, if there is one; so do the next two."""
+        """Load the last checkpoint's weights, if there is one; the next two do so with average and moments."""
         if self.last_checkpoint:
             own = {name: tensor for name, tensor in self._weights.items() if not name.startswith(PREFIX)}
             model.load_state_dict(own)

@@ -1,4 +1,4 @@
-"""What a run says: `log.jsonl`, TensorBoard, and lines or a bar for the eye."""
+"""Logs: `log.jsonl`, TensorBoard, and a progress bar, or lines where stderr is no terminal."""
 
 import json
 import os

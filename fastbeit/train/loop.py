@@ -237,7 +237,7 @@ class Feed:
 
     def _fetch(self) -> tuple[Batch | None, DataError | None]:
         try:
-            # who waits for a disk that does not answer hears a stop too
+            # a stop must also end the wait for a disk that does not answer
             with self._stop.interrupts():
                 return next(self._batches), None
         except DataError as err:
@@ -248,7 +248,7 @@ class Feed:
 
 @contextlib.contextmanager
 def _saved_without_data(save: Callable[[], object], saver: Saver) -> Iterator[None]:
-    """A disk that vanishes, or too many bad images, cost no step that was taken."""
+    """Save before a `DataError` (the disk is gone, too many bad images) leaves the loop."""
     try:
         yield
     except DataError as err:
@@ -265,7 +265,7 @@ def check_batch(optim: OptimConfig, world: World) -> None:
     if optim.batch_size % parts:
         fit = max(1, round(optim.batch_size / parts)) * parts
         raise ConfigError(
-            f"optim.batch_size {optim.batch_size} does not divide into {world.size} ranks x "
+            f"optim.batch_size {optim.batch_size} is not a multiple of {world.size} ranks x "
             f"{optim.accumulate} micro-batches; try {fit}"
         )
 

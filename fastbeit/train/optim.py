@@ -7,7 +7,6 @@ from torch import nn
 
 from fastbeit.config.sections import OptimConfig
 
-MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run is stopped
 NO_DECAY_TOKENS = ("cls_token", "pos_embed")  # the mask token, the bias table and the head do decay, as officially
 
 

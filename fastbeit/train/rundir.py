@@ -76,7 +76,7 @@ _held: list[IO[str]] = []
 
 
 def _let_go() -> None:
-    """A decoding process outlives a training process that was killed, by seconds; the lock must not."""
+    """Close the lock in decoding processes: they outlive a killed run by seconds, and would keep it."""
     for lock in _held:
         lock.close()
 
@@ -92,7 +92,7 @@ def _lock(file: IO[str], folder: Path, key: str) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as err:
         raise RunError(
-            f"{key} '{folder}' is in use by a run that is alive; wait for it or choose another {key}", USAGE
+            f"{key} '{folder}' is in use by another run; wait for it or choose another {key}", USAGE
         ) from err
 
 

@@ -1,4 +1,4 @@
-"""Signals, as wishes that the loop reads."""
+"""Signal handlers that only set flags, which the loop reads."""
 
 import contextlib
 import signal
@@ -12,7 +12,7 @@ class StopWanted(Exception):
 
 
 class Stop:
-    """Signals, as wishes that the loop reads: SIGTERM and SIGINT stop, SIGUSR1 saves."""
+    """Flags that signals set and the loop reads: SIGTERM and SIGINT stop, SIGUSR1 saves."""
 
     def __init__(self) -> None:
         self.wanted = False
@@ -31,7 +31,7 @@ class Stop:
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
-        """While the context lasts a stop raises `StopWanted`, wherever it waits."""
+        """Inside this context a stop raises `StopWanted` at once, also in a call that waits."""
         if self.wanted:
             raise StopWanted
         self._is_waited = True

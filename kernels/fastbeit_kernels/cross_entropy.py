@@ -120,7 +120,7 @@ def _cross_entropy_fwd_kernel(
         word = label.to(tl.int32)  # int64 comparisons take up to 56 registers more (fp32, sm_80)
         label_logit = tl.load(logits_ptr + word).to(tl.float32)
         logits = tl.load(logits_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
-        # correct: no word scores more, and no earlier one as much; needs no argmax, hence no pairs to reduce
+        # correct: no word scores more, and no earlier one the same; needs no argmax over pairs
         better = (logits > label_logit) | ((logits == label_logit) & (offs_v < word))
         row_max = tl.max(logits, axis=0)
         exps = tl.exp(logits - row_max)

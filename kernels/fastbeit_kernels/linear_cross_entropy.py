@@ -60,7 +60,7 @@ def _rows_in_pytorch(
     """What `launch_forward` computes, in place, in as few passes over the chunk as PyTorch has operations for."""
     x = logits.float()  # no copy of float32
     ignored = labels == IGNORE_INDEX
-    x.masked_fill_(ignored[:, None], 0.0)  # nobody answers for these logits: they may be inf
+    x.masked_fill_(ignored[:, None], 0.0)  # logits of ignored rows may be inf or NaN
     # not gather, because it names a label that is out of range
     label_logit = -F.nll_loss(x, labels, ignore_index=IGNORE_INDEX, reduction="none")
     row_max, best = x.max(1)

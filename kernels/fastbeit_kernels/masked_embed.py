@@ -45,7 +45,7 @@ def masked_embed_reference(
 ) -> Tensor:
     """The definition in plain PyTorch; arguments as in `masked_embed`, all but the images in float64 too."""
     patches = patchify((images.to(mean.dtype) / 255 - mean) / std, weight.shape[2:])
-    with without_autocast(images.device):  # else it, and not `dtype`, would choose
+    with without_autocast(images.device):  # autocast would otherwise override `dtype`
         x = F.linear(patches.to(dtype), weight.flatten(1).to(dtype), bias.to(dtype))
     # chosen, not blended: what a masked patch holds cannot leak, not even as NaN
     x = torch.where(masked[:, :, None], mask_token, x)

@@ -102,7 +102,7 @@ def test_a_place_that_is_not_ours_is_refused(parts, tmp_path):
 
 
 def test_two_jobs_do_not_share_a_directory(parts, tmp_path):
-    with hold(tmp_path / "tokens", "data.tokens"), pytest.raises(RunError, match="in use by a run that is alive"):
+    with hold(tmp_path / "tokens", "data.tokens"), pytest.raises(RunError, match="in use by another run"):
         make(parts, tmp_path / "tokens")
     assert make(parts, tmp_path / "tokens") == 0
 

@@ -102,7 +102,7 @@ def _number(found: object) -> int | None:
 
 
 class _Headers(Window):
-    """A tar, as `tarfile` reads it: headers alone, so a long read is asked for by a header that lies."""
+    """A tar, as `tarfile` reads it: only headers are read, so a request for a long read means that one is corrupt."""
 
     def read(self, size: int = -1, /) -> bytes:
         if size > MAX_TEXT_BYTES:

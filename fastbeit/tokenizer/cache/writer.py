@@ -1,4 +1,4 @@
-"""Makes a cache of tokens so that a kill at any moment, on any rank, costs the chunks in hand and nothing else.
+"""Makes a cache of tokens so that after a kill, on any rank, only the unfinished chunks are made again.
 
 Each view's file has its whole size from the start. A chunk of rows is written into all of them and synced to disk; then
 its line goes into the journal of its rank. What no journal names is made again, with the same tokens. When all is

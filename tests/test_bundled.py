@@ -1,4 +1,4 @@
-"""The tokenizer in the box is what its card says."""
+"""The bundled tokenizer is what its card says."""
 
 import json
 
@@ -8,15 +8,15 @@ from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
 from fastbeit.files import sha256
-from fastbeit.tokenizer.disk import box_path, is_box, load_tokenizer
+from fastbeit.tokenizer.disk import bundled_path, is_bundled, load_tokenizer
 from fastbeit.tokenizer.quality import measure_quality
 
 
 def test_it_is_small_and_carries_its_card():
-    card = json.loads(box_path().with_suffix(".json").read_text())
-    assert box_path().stat().st_size < 4_000_000
-    assert card["sha256"] == sha256(box_path()) == load_tokenizer().fingerprint
-    assert is_box(card["sha256"]) and not is_box("0" * 64)
+    card = json.loads(bundled_path().with_suffix(".json").read_text())
+    assert bundled_path().stat().st_size < 4_000_000
+    assert card["sha256"] == sha256(bundled_path()) == load_tokenizer().fingerprint
+    assert is_bundled(card["sha256"]) and not is_bundled("0" * 64)
     held_out = card["origin"]["held_out"].values()
     assert all(of["mean_abs_error"] < 0.08 and of["words_in_use"] > 512 for of in held_out)
     assert card["origin"]["command"].startswith("fastbeit tokenizer train")

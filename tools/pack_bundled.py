@@ -1,6 +1,6 @@
-"""Put a trained dVAE in the box: its weights in fp16, and a card that says what they are worth on held-out photos.
+"""Make a trained dVAE the bundled one: weights in fp16, and a card that says what they are worth on held-out photos.
 
-python tools/pack_box.py photos/dvae photos/held_out.idx
+python tools/pack_bundled.py photos/dvae photos/held_out.idx
 """
 
 import json
@@ -13,7 +13,7 @@ from fastbeit.config.sections import DataConfig
 from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.loader import make_loader
-from fastbeit.tokenizer.disk import BOX, load_tokenizer, save_tokenizer
+from fastbeit.tokenizer.disk import BUNDLED, load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder
 from fastbeit.tokenizer.quality import Quality, measure_quality
 
@@ -32,12 +32,12 @@ def main(trained: Path, held_out: Path) -> None:
     origin = {
         **card["origin"],
         "precision": "trained as the command says, kept in float16",
-        "photos": "tools/box_photos.py gathers them; fastbeit/assets/README.md names sources and licences",
+        "photos": "tools/bundled_photos.py gathers them; fastbeit/assets/README.md names sources and licences",
     }
-    save_tokenizer(BOX, nets["encoder"], nets["decoder"], origin)
+    save_tokenizer(BUNDLED, nets["encoder"], nets["decoder"], origin)
     # twice: what is measured is what the file holds
     origin["held_out"] = {f"crops of {size} pixels": measure(held_out, size) for size in SIZES}
-    save_tokenizer(BOX, nets["encoder"], nets["decoder"], origin)
+    save_tokenizer(BUNDLED, nets["encoder"], nets["decoder"], origin)
 
 
 def measure(held_out: Path, size: int) -> dict[str, float]:
@@ -54,7 +54,7 @@ def measure(held_out: Path, size: int) -> dict[str, float]:
         first_step=0,
         num_steps=num_batches,
     )
-    figures = measure_quality(load_tokenizer(BOX), (batch.images for batch in batches)).figures()
+    figures = measure_quality(load_tokenizer(BUNDLED), (batch.images for batch in batches)).figures()
     print(f"{size} pixels: {Quality.line(figures)}")
     return figures
 
