@@ -16,8 +16,9 @@ from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import MaskingConfig
 from fastbeit_kernels.backend import Backend
 from fastbeit_kernels.block_masks import ATTEMPTS, block_masks, random_masks
+from fastbeit_kernels.cross_entropy import IGNORE_INDEX
 
-UNUSED = -100  # label of a slot that the loss leaves out
+UNUSED = IGNORE_INDEX  # label of a slot that the loss leaves out
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 
 from fastbeit import __version__
 from fastbeit.cli import main
-from tiny import make_photos, run
+from helpers.tiny import make_photos, run
 
 
 @pytest.mark.parametrize("args, text", [(["--help"], "fastbeit pretrain CONFIG"), (["--version"], __version__)])

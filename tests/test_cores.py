@@ -10,7 +10,7 @@ import torch
 from fastbeit.config.sections import EngineConfig
 from fastbeit.cores import num_cores
 from fastbeit.engine.ranks import start_world
-from waiting import finished
+from helpers.waiting import finished
 
 STARTS = "import fastbeit.cli; import torch"
 

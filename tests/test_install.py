@@ -10,8 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tiny import make_parts, write_config
-from waiting import finished
+from helpers.tiny import make_parts, write_config
+from helpers.waiting import finished
 
 ROOT = Path(__file__).parent.parent
 ABSENT = {"triton", "deepspeed"}  # of what fastbeit, and PyTorch for CUDA, ask for; DALI nobody asks for but [gpu]

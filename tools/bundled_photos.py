@@ -1,6 +1,6 @@
 """Gather the photos that the bundled tokenizer is trained on: photographs that Debian, npm and PyPI packages carry.
 
-    python tools/bundled_photos.py photos/         # train/ and held_out/, about 300 MB of downloads; wants apt-get and npm
+    python tools/bundled_photos.py photos/      # train/ and held_out/, about 300 MB of downloads; wants apt-get and npm
     fastbeit index photos/train -o photos/train.idx
     fastbeit index photos/held_out -o photos/held_out.idx
 

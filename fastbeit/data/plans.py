@@ -10,7 +10,7 @@ import numpy as np
 
 from fastbeit.config.sections import DataConfig
 from fastbeit.data.index.reader import Index
-from fastbeit.data.sampling import draw_crops, draw_flips, draw_jitters, rows_at, view_of
+from fastbeit.data.sampling import crop_of, draw_crops, draw_flips, draw_jitters, rows_at
 from fastbeit.data.views import PLAN
 from fastbeit.errors import ConfigError
 
@@ -82,7 +82,7 @@ class Plans:
 
     def augment(self, sample: np.ndarray, epoch: np.ndarray) -> np.ndarray:
         """[n] records of PLAN for [n] samples."""
-        data, index, view = self.data, self.index, view_of(epoch, self.data.num_crops)
+        data, index, view = self.data, self.index, crop_of(epoch, self.data.num_crops)
         plans = np.zeros(len(sample), PLAN)
         plans["box"] = draw_crops(
             self.seed, view, sample, index.heights[sample], index.widths[sample], data.crop_scale, data.crop_ratio

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fastbeit_kernels.block_masks import PURPOSE
+
 ROUND_KEYS = 0x9E3779B9, 0xBB67AE85
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 MASK32 = np.uint64(0xFFFFFFFF)
@@ -22,7 +24,7 @@ class Purpose(IntEnum):
     CROP = 1
     FLIP = 2
     JITTER = 3
-    MASK = 4
+    MASK = PURPOSE  # in the kernels, which draw them
     DROP_PATH = 5
     RAND_AUGMENT = 6
     ERASE_BOX = 7
@@ -81,7 +83,7 @@ WINDOW_BLOCKS = 16  # shards that are open, or row groups that are decoded, at a
 FEISTEL_ROUNDS = 6  # four make a strong permutation of many numbers (Luby and Rackoff); of few, tests ask for more
 
 
-def view_of(epoch, views: int):
+def crop_of(epoch, views: int):
     """The view that crops, flips and jitters of an epoch are keyed by: ever new ones, or one of `views` > 0 in turn."""
     return epoch % views if views else epoch
 

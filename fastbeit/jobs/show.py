@@ -22,12 +22,12 @@ from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import Plans, steps_per_epoch
 from fastbeit.data.sampling import JITTER_OPS
 from fastbeit.errors import CANNOT_WRITE, ConfigError, RunError
+from fastbeit.evaluate.pictures import hide
 from fastbeit.files import aside, put_in_place
 from fastbeit.tokenizer.source import open_token_source
 
 TILE = 224  # pixels; smaller views are enlarged to at most this, each pixel to a square
 GAP, LINE, FONT_SIZE = 8, 16, 12
-GREY = 128  # over a masked patch, three parts of four
 BOX_COLOUR, PAPER, INK = (255, 64, 32), (255, 255, 255), (32, 32, 32)
 
 
@@ -162,13 +162,6 @@ def enlarged(view: np.ndarray) -> np.ndarray:
     return view.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def under_mask(image: np.ndarray, masked: np.ndarray) -> np.ndarray:
-    """A patch view [H, W, 3] whose masked patches ([down, across] bool) are greyed."""
-    patch_height, patch_width = (side // patches for side, patches in zip(image.shape, masked.shape, strict=False))
-    hidden = masked.repeat(patch_height, axis=0).repeat(patch_width, axis=1)[..., None]
-    return np.where(hidden, (image.astype(np.uint16) + 3 * GREY) // 4, image).astype(np.uint8)
-
-
 def caption(config: Config, index: Index, seen: Seen, row: int) -> tuple[str, str]:
     """Which image it is; how it was cropped, flipped, jittered and masked."""
     i, plan, masked = int(seen.sample[row]), seen.plans[row], seen.masked[row]
@@ -190,7 +183,9 @@ def _title(name: str, views: np.ndarray) -> str:
 
 def _tiles(index: Index, seen: Seen, row: int, layout: Layout) -> list[Image.Image]:
     """What stands in a row, from left to right."""
-    views = [seen.images[row], under_mask(seen.images[row], seen.masked[row])]
+    image, masked = torch.from_numpy(seen.images[row : row + 1]), torch.from_numpy(seen.masked[row : row + 1])
+    patch_size = image.shape[1] // masked.shape[1], image.shape[2] // masked.shape[2]
+    views = [seen.images[row], hide(image, masked.flatten(1), patch_size)[0].numpy()]
     if seen.token_images is not None:
         views.insert(1, seen.token_images[row])
     original = _original(index, int(seen.sample[row]), seen.plans[row]["box"], layout.tile)

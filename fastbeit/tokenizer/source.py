@@ -12,7 +12,7 @@ from fastbeit.config.sections import Size
 from fastbeit.data.batch import Batch
 from fastbeit.data.index.reader import Index
 from fastbeit.data.loader import make_token_loader
-from fastbeit.data.sampling import view_of
+from fastbeit.data.sampling import crop_of
 from fastbeit.errors import USAGE, RunError
 from fastbeit.tokenizer.cache.reader import TokenCache, check_cache, open_cache
 from fastbeit.tokenizer.disk import load_tokenizer
@@ -134,7 +134,7 @@ class CachedTokens:
             self._dtype = DTYPES[chosen.precision]
 
     def visual_tokens(self, batch: Batch) -> Tensor:
-        tokens = self._cache.read(batch.sample, view_of(batch.epoch, self._config.data.num_crops))
+        tokens = self._cache.read(batch.sample, crop_of(batch.epoch, self._config.data.num_crops))
         return tokens.to(self._device, non_blocking=True)
 
     def tokenizer(self) -> Tokenizer:

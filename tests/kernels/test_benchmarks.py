@@ -30,7 +30,7 @@ from benchmarks.kernels.moved import Moved
 from benchmarks.kernels.ops import Op, Shapes, cross_entropy_op, left_out, ops
 from benchmarks.kernels.predict import A100, H100, occupancy, predicted_us
 from fastbeit_kernels.backend import INTERPRETED
-from waiting import finished
+from helpers.waiting import finished
 
 TINY = Shapes(B=2, grid=4, M=6, D=48, V=100, P=8)
 IDLE: dict[str, Any] = {"copy": lambda _: lambda: None, "product": lambda _: lambda: None}

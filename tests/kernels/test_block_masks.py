@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launchers import GuardZones, NoSync, shuffle_programs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +17,8 @@ from fastbeit_kernels import block_masks as block_masks_module
 from fastbeit_kernels.backend import INTERPRETED, Backend, tl
 from fastbeit_kernels.block_masks import block_masks, random_masks
 from fastbeit_kernels.philox import philox
-from waiting import finished
+from helpers.launchers import GuardZones, NoSync, shuffle_programs
+from helpers.waiting import finished
 
 SEED = 2**40 + 7
 OFFICIAL: dict[str, Any] = dict(grid=(14, 14), num_masked=75)
@@ -118,7 +118,7 @@ def test_seeds_of_64_bits(device: str, seed: int, fn: Callable, settings: dict):
 @pytest.mark.parametrize("seed", [0, 7, 2**40 + 3, 2**63 - 1])
 def test_philox_is_numpys_and_tritons(device: str, seed: int):
     triton = pytest.importorskip("triton")
-    from philox_kernel import philox_kernel
+    from helpers.philox_kernel import philox_kernel
 
     counters = torch.randint(2**32, (4, 100), generator=torch.Generator().manual_seed(0))
     counters[:, 0], counters[:, 1] = 0, 2**32 - 1

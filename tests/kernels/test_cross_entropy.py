@@ -3,8 +3,6 @@ from typing import Any
 
 import pytest
 import torch
-from launchers import GuardZones, NoSync, between_nans, shuffle_programs
-from numerics import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastbeit_kernels import backend as backend_module
 from fastbeit_kernels.backend import INTERPRETED
 from fastbeit_kernels.cross_entropy import cross_entropy, cross_entropy_reference, launch_forward
-from waiting import finished
+from helpers.launchers import GuardZones, NoSync, between_nans, shuffle_programs
+from helpers.numerics import assert_within_budget
+from helpers.waiting import finished
 
 LOGITS = {
     "flat": lambda x, word: 0.1 * x,  # the first steps of a run

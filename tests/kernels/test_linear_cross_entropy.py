@@ -5,8 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from launchers import GuardZones, NoSync, between_nans, shuffle_programs
-from numerics import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.memory import PeakMemory
 from fastbeit_kernels.backend import INTERPRETED
 from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from helpers.launchers import GuardZones, NoSync, between_nans, shuffle_programs
+from helpers.numerics import assert_within_budget
 
 NAMES = "loss", "grad_hidden", "grad_weight", "grad_bias"
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "reference"])

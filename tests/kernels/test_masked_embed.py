@@ -5,8 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from launchers import GUARD_BYTES, GuardZones, NoSync, between_nans, shuffle_programs
-from numerics import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +13,9 @@ from benchmarks.kernels.traffic import Traffic
 from fastbeit_kernels import masked_embed as module
 from fastbeit_kernels.backend import INTERPRETED
 from fastbeit_kernels.masked_embed import masked_embed, masked_embed_reference
-from waiting import finished
+from helpers.launchers import GUARD_BYTES, GuardZones, NoSync, between_nans, shuffle_programs
+from helpers.numerics import assert_within_budget
+from helpers.waiting import finished
 
 PARAMETERS = "weight", "bias", "cls_token", "mask_token", "positions"
 DTYPES = torch.float32, torch.bfloat16, torch.float16
