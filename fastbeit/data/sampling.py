@@ -83,9 +83,9 @@ WINDOW_BLOCKS = 16  # shards that are open, or row groups that are decoded, at a
 FEISTEL_ROUNDS = 6  # four make a strong permutation of many numbers (Luby and Rackoff); of few, tests ask for more
 
 
-def crop_of(epoch, views: int):
-    """The view that crops, flips and jitters of an epoch are keyed by: ever new ones, or one of `views` > 0 in turn."""
-    return epoch % views if views else epoch
+def crop_of(epoch, num_crops: int):
+    """The number that crops, flips and jitters of an epoch are keyed by: ever new ones, or `num_crops` > 0 in turn."""
+    return epoch % num_crops if num_crops else epoch
 
 
 def rows_at(seed: int, epoch: int, places: np.ndarray, num_images: int, block_rows: int) -> np.ndarray:
