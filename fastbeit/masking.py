@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import MaskingConfig
-from fastbeit_kernels.backend import Backend
+from fastbeit.config.sections import Backend, MaskingConfig
 from fastbeit_kernels.block_masks import ATTEMPTS, block_masks, random_masks
 from fastbeit_kernels.cross_entropy import IGNORE_INDEX
 
@@ -54,7 +53,7 @@ class MaskRule:
 
 
 def rule_of(config: Config) -> MaskRule:
-    return MaskRule(config.mask, config.masking, config.grid, config.seed, config.predict, config.kernels.backend)
+    return MaskRule(config.mask, config.masking, config.grid, config.seed, config.predict, config.kernels.by_op.masks)
 
 
 def draw(rule: MaskRule, epoch: Tensor, sample: Tensor) -> Slots:

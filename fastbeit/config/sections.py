@@ -3,6 +3,7 @@
 Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the authors' code).
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -167,12 +168,32 @@ class EngineConfig(Section):
     compile: bool = Field(default=False, description="torch.compile the model")
 
 
-class KernelsConfig(Section):
-    """Who computes the fused operators: masked embedding, loss, masks (design D5)."""
+Backend = Literal["auto", "triton", "reference"]
 
-    backend: Literal["auto", "triton", "reference"] = Field(
-        default="auto", description="triton: its kernels; reference: plain PyTorch; auto: triton on cuda"
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementation runs each fused operator."""
+
+    masked_embed: Backend = "auto"
+    loss: Backend = "auto"
+    masks: Backend = "auto"
+
+
+class KernelsConfig(Section):
+    """Which implementation runs the fused operators."""
+
+    backend: Backend = Field(
+        default="auto", description="of all: triton: its kernels; reference: plain PyTorch; auto: triton on cuda"
     )
+    masked_embed: Backend | None = Field(default=None, description="of the masked embedding; null: backend")
+    loss: Backend | None = Field(default=None, description="of the head with its cross-entropy; null: backend")
+    masks: Backend | None = Field(default=None, description="of drawing masks; null: backend")
+
+    @property
+    def by_op(self) -> Kernels:
+        every = self.backend
+        return Kernels(self.masked_embed or every, self.loss or every, self.masks or every)
 
 
 class LogConfig(Section):

@@ -5,6 +5,7 @@ index -> two views -> blockwise mask -> visual tokens -> masked embedding -> enc
 
 import contextlib
 from collections.abc import Generator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -123,11 +124,9 @@ class Pretraining:
     def greet(self, log: RunLog, model: nn.Module) -> None:
         config, source, world = self.config, self.source, self.world
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        kernels = "triton" if uses_triton(config.kernels.backend, world.device) else "reference"
         log.say(
             f"{self.num_images:,} images, {parameters:,} parameters, {world.size} rank(s) on {world.device.type}, "
-            f"{kernels} kernels, "
-            f"steps {log.first_step} to {log.num_steps}, out {config.out}"
+            f"{_kernels_line(config, world)}, steps {log.first_step} to {log.num_steps}, out {config.out}"
         )
         log.say(f"visual tokens: {source}")
         if source.agreement is not None:
@@ -156,7 +155,18 @@ def _check_paths(config: Config) -> None:
 
 
 def _check_kernels(config: Config, world: World) -> None:
-    try:
-        check_backend(config.kernels.backend, world.device)
-    except (ValueError, ModuleNotFoundError) as err:
-        raise ConfigError(f"kernels.backend={config.kernels.backend}: {err}") from None
+    for op, backend in asdict(config.kernels.by_op).items():
+        try:
+            check_backend(backend, world.device)
+        except (ValueError, ModuleNotFoundError) as err:
+            key = op if getattr(config.kernels, op) else "backend"
+            raise ConfigError(f"kernels.{key}={backend}: {err}") from None
+
+
+def _kernels_line(config: Config, world: World) -> str:
+    """Which kernels run: "triton kernels", or each op's."""
+    chosen = asdict(config.kernels.by_op)
+    names = {op: "triton" if uses_triton(backend, world.device) else "reference" for op, backend in chosen.items()}
+    if len(set(names.values())) == 1:
+        return f"{names['loss']} kernels"
+    return "kernels: " + ", ".join(f"{op} {name}" for op, name in names.items())

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import ModelConfig, Size
+from fastbeit.config.sections import Backend, Kernels, ModelConfig, Size
 from fastbeit.masking import UNUSED
 from fastbeit.model.attention import take
 from fastbeit.model.vit import NORM_EPS, VisionTransformer
-from fastbeit_kernels.backend import Backend
 from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -53,17 +52,17 @@ class Beit(VisionTransformer):
         num_outputs: int,
         mean: Sequence[float],
         std: Sequence[float],
+        kernels: Kernels,
         objective: Literal["tokens", "pixels"] = "tokens",
-        backend: Backend = "auto",
     ) -> None:
         """
         Args:
             num_outputs: V visual words; for pixels the values of a patch, 3 * height * width.
             mean, std: of a channel, for pixels in [0, 1].
+            kernels: which implementation runs each fused operator.
             objective: what `forward` gives the loss of.
-            backend: which implementation of the fused operators runs.
         """
-        super().__init__(model, image_size=image_size, mean=mean, std=std, backend=backend)
+        super().__init__(model, image_size=image_size, mean=mean, std=std, kernels=kernels)
         num_values = 3 * model.patch_size[0] * model.patch_size[1]
         if objective == "pixels" and num_outputs != num_values:
             raise ValueError(
@@ -72,7 +71,7 @@ class Beit(VisionTransformer):
         self.objective = objective
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.width))
         self.norm = nn.LayerNorm(model.width, eps=NORM_EPS)
-        self.lm_head = Head(model.width, num_outputs, backend)
+        self.lm_head = Head(model.width, num_outputs, kernels.loss)
         self.initialise()
 
     def forward(
@@ -125,5 +124,5 @@ def make_beit(config: Config, vocab_size: int | None) -> Beit:
         mean=config.data.mean,
         std=config.data.std,
         objective=config.objective,
-        backend=config.kernels.backend,
+        kernels=config.kernels.by_op,
     )

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbeit.config.sections import ModelConfig, Size
+from fastbeit.config.sections import Backend, Kernels, ModelConfig, Size
 from fastbeit.model.attention import Attention, RelativePositionBias, take
-from fastbeit_kernels.backend import Backend
 from fastbeit_kernels.masked_embed import masked_embed, patchify
 
 NORM_EPS = 1e-6  # the authors'; PyTorch's own is 1e-5
@@ -153,11 +152,11 @@ class VisionTransformer(nn.Module):
     """Patch embedding, cls token, positions and blocks; what follows the last block is the subclass's."""
 
     def __init__(
-        self, model: ModelConfig, *, image_size: Size, mean: Sequence[float], std: Sequence[float], backend: Backend
+        self, model: ModelConfig, *, image_size: Size, mean: Sequence[float], std: Sequence[float], kernels: Kernels
     ) -> None:
         super().__init__()
         grid = image_size[0] // model.patch_size[0], image_size[1] // model.patch_size[1]
-        self.patch_embed = PatchEmbedding(model.width, image_size, model.patch_size, mean, std, backend)
+        self.patch_embed = PatchEmbedding(model.width, image_size, model.patch_size, mean, std, kernels.masked_embed)
         self.cls_token = nn.Parameter(torch.empty(1, 1, model.width))
         positions = torch.empty(1, grid[0] * grid[1] + 1, model.width)
         self.pos_embed = nn.Parameter(positions) if model.absolute_position else None

@@ -12,6 +12,7 @@ import torch
 
 import fastbeit.jobs.pretrain
 from fastbeit.config.read import load_config
+from fastbeit.config.sections import Kernels, KernelsConfig
 from fastbeit.data.index.scan import build_index
 from fastbeit.errors import RunError
 from fastbeit.jobs.pretrain import pretrain
@@ -283,6 +284,15 @@ def test_triton_and_reference_train_alike(train, monkeypatch):
 
 def test_a_backend_that_cannot_run_is_said_before_anything_starts(train, tmp_path, monkeypatch):
     monkeypatch.setattr("fastbeit_kernels.backend.INTERPRETED", False)
-    with pytest.raises(RunError, match="kernels.backend=triton: .* wants tensors on cuda; got cpu") as err:
-        train(kernels__backend="triton", engine__device="cpu")
-    assert err.value.exit_code == 2 and not (tmp_path / "run").exists()
+    for key in "backend", "loss":
+        with pytest.raises(RunError, match=f"kernels.{key}=triton: .* wants tensors on cuda; got cpu") as err:
+            train(**{f"kernels__{key}": "triton"}, engine__device="cpu")
+        assert err.value.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="interprets a kernel")
+def test_each_op_has_its_own_kernel_or_the_one_of_all(train, capfd):
+    train(kernels__masks="triton", optim__steps=1, optim__batch_size=2)
+    assert "kernels: masked_embed reference, loss reference, masks triton" in capfd.readouterr().err
+    config = KernelsConfig(backend="triton", loss="reference")
+    assert config.by_op == Kernels(masked_embed="triton", loss="reference", masks="triton")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbeit.config.sections import MaskingConfig, ModelConfig
+from fastbeit.config.sections import Kernels, MaskingConfig, ModelConfig
 from fastbeit.masking import UNUSED, MaskRule, draw, label
 from fastbeit.model.attention import Attention, GatherBias, RelativePositionBias, inverse_index, relative_position_index
 from fastbeit.model.beit import Beit
@@ -31,6 +31,7 @@ def build(image_size=(224, 224), num_outputs=8192, objective: Any = "tokens", **
         num_outputs=num_outputs,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
+        kernels=Kernels(),
         objective=objective,
     )
 
@@ -380,7 +381,8 @@ def test_a_rectangle():
 
 
 def test_normalisation_is_per_channel():
-    model = Beit(ModelConfig(**TINY), image_size=(4, 4), num_outputs=5, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
+    colours: Any = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 4.0)}
+    model = Beit(ModelConfig(**TINY), image_size=(4, 4), num_outputs=5, **colours, kernels=Kernels())
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, 4, 4, 3)
     patches = model.patch_embed.normalise(images).view(3, 16)
     torch.testing.assert_close(patches, torch.tensor([[-0.1], [0.0], [0.175]]).expand(3, 16))
