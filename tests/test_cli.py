@@ -35,7 +35,7 @@ def test_the_help_of_pretrain_shows_every_field_with_its_default(capsys):
         (["--local_rank=0", "pretrain", "nowhere.yaml"], 2, "no config file"),
         (["index", "nowhere", "-o", "x.idx"], 66, "'nowhere' does not exist"),
         (["tokenizer", "train", "--data", "nowhere.idx", "-o", "dvae"], 66, "no index 'nowhere.idx'"),
-        (["tokenizer", "train", "--data", "x", "-o", "dvae", "stepz=3"], 2, "did you mean 'steps'?"),
+        (["tokenizer", "train", "--data", "x", "-o", "dvae", "optim.stepz=3"], 2, "did you mean 'optim.steps'?"),
     ],
     ids=str,
 )

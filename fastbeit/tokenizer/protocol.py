@@ -3,6 +3,8 @@
 Whatever has these members can take the place of the dVAE; it need not inherit from anything. `Strided` gives some of
 them to a tokenizer that has one word for each square of pixels. One that knows sixteen shades of grey:
 
+    >>> import torch
+    >>> from fastbeit.tokenizer.frozen import Strided
     >>> class Shades(Strided):
     ...     vocab_size, stride, fingerprint, device = 16, 8, "shades-16-of-8x8", torch.device("cpu")
     ...     def encode(self, images):

@@ -195,7 +195,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
                 say()
             if step > saver.last_step:
                 save()
-            log.say(f"stopped at step {step} of {task.num_steps}, saved; to go on: {shlex.join(command)}")
+            how = f"at step {step} of {task.num_steps}, saved" if step else "before the first step"
+            log.say(f"stopped {how}; to go on: {shlex.join(command)}")
 
     code = DONE if step == task.num_steps else PREEMPTED
     kept = average.model or model

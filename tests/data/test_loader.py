@@ -300,6 +300,6 @@ def test_bad_samples_are_listed_once_and_limited(tmp_path):
     assert len(resumed) == 2
     resumed.add([(i, "x") for i in range(200)])
     assert len(path.read_text().splitlines()) == 201
-    with pytest.raises(DataError, match="201 bad images, more than the 200.*bad_samples.jsonl") as caught:
+    with pytest.raises(DataError, match="201 bad images, more than the limit of 200 .*bad_samples.jsonl") as caught:
         resumed.add([(300, "x")])
     assert caught.value.exit_code == 65

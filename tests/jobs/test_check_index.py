@@ -112,7 +112,7 @@ def test_it_can_be_stopped(tmp_path, number):
     photo = photos.CHINA.read_bytes()
     path = make_index(tmp_path, {f"{i:04}.jpg": photo for i in range(1500)})
     code = (
-        "import sys; from pathlib import Path; from fastbeit.data import check\n"
+        "import sys; from pathlib import Path; from fastbeit.jobs import check_index as check\n"
         "check.SAY_EVERY_S = 0\n"
         "try: check.check_index(Path(sys.argv[1]), 2)\n"
         "except KeyboardInterrupt: sys.exit(130)\n"

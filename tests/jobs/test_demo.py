@@ -56,7 +56,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     args = [sys.executable, "-m", "fastbeit", "demo", "--data", "mine", "--out", "demo", *settings]
     log, pipe = tmp_path / "demo/run/log.jsonl", subprocess.PIPE
     with started(args, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
-        wait_until(process, lambda: log.exists() and log.read_text())
+        wait_until(process, lambda: log.exists() and '"loss"' in log.read_text())
         os.kill(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 75

@@ -17,10 +17,7 @@ from fastbeit.tokenizer import authors_vae as customized
 from fastbeit.tokenizer import codebook, fast, protocol
 from fastbeit.tokenizer import disk as weights
 from fastbeit.tokenizer.authors_vae import CustomizedVAE
-from fastbeit.tokenizer.codebook import (
-    CodebookArchitecture,
-    CodebookTokenizer,
-)
+from fastbeit.tokenizer.codebook import CodebookArchitecture, CodebookTokenizer
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, KINDS, Kind, is_bundled, load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.tokenizer.frozen import Strided, likeliest_words

@@ -108,7 +108,7 @@ def test_bad_images_are_marked_and_named(tokens):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_bad_images_end_the_job(parts, tmp_path, monkeypatch, num_workers):
     monkeypatch.setattr("fastbeit.train.bad_samples.bad_limit", lambda num_images: 0)
-    with pytest.raises(DataError, match=r"1 bad images, more than the 0 .*tokens/bad_samples\.jsonl") as caught:
+    with pytest.raises(DataError, match=r"1 bad images, more than the limit of 0 .*tokens/bad_samples\.jsonl") as caught:
         make(parts, tmp_path / "tokens", data__num_workers=num_workers)
     assert caught.value.exit_code == 65
 
