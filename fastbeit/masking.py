@@ -1,4 +1,4 @@
-"""Which patches are hidden: blockwise (Algorithm 1, as the authors' code draws it) or random, in fixed slots (D3).
+"""Which patches are hidden: blockwise (Algorithm 1, as the authors' code draws it) or random, in fixed slots.
 
 The code differs from the paper's Algorithm 1: a mask never holds more than `num_masked` patches and may hold fewer. A
 block that would go over is drawn again, and after `ATTEMPTS` draws in vain the mask is left as it is.

@@ -41,8 +41,8 @@ class DataConfig(Section):
     jitter: Fraction = Field(default=0.4, description="brightness, contrast and saturation are scaled by 1 +- this")
     jitter_on: Literal["full_image", "crop"] = Field(
         default="full_image",
-        description="contrast moves pixels towards the mean grey of the whole image, as the authors have it, or of the "
-        "crop: faster for DALI, and another recipe; views differ by 1.7 levels of 255 on average, and 1 token in 8",
+        description="whose mean grey contrast moves pixels towards: that of the whole image, as the authors do, or of "
+        "the crop, which is faster for DALI but another recipe: 1.7 of 255 levels on average, and 1 token in 8, differ",
     )
     mean: tuple[float, float, float] = Field(default=(0.5, 0.5, 0.5), description="subtracted from pixels in [0, 1]")
     std: tuple[Positive, Positive, Positive] = Field(
@@ -96,7 +96,7 @@ class TokenizerConfig(Section):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto",
-        description="of the encoder; auto: fp16 on cuda, fp32 where that changes over 1 % of tokens and on the cpu",
+        description="of the encoder; auto: fp16 on cuda, but fp32 if that changes over 1 % of tokens; fp32 on the cpu",
     )
 
 
@@ -155,7 +155,7 @@ class OptimConfig(Section):
 
 
 class EngineConfig(Section):
-    """Who runs the step, on how many ranks, in what precision (design D9, D10)."""
+    """Who runs the step, on how many ranks, in what precision."""
 
     name: Literal["auto", "single", "ddp", "deepspeed"] = Field(
         default="auto", description="auto: single on one rank, ddp on several"

@@ -1,6 +1,6 @@
 """The same batches by NVIDIA DALI: on a GPU when there is one, else on the CPU.
 
-DALI decodes the box alone and resizes it; order, box, flip and jitter come from `Plans` (design D1). Only bytes that
+DALI decodes the box alone and resizes it; order, box, flip and jitter come from `Plans`. Only bytes that
 `decode.check` has passed go in: one bad file ends a DALI pipeline for good, and DALI has no limit on an image's size.
 Threads read and check a batch while DALI works on the one before and the run trains on the one before that.
 The GPU form of the graph has not been run yet.

@@ -1,4 +1,4 @@
-"""Batches of labelled images: augmented for fine-tuning, or as they are for evaluation (design D1, D4).
+"""Batches of labelled images: augmented for fine-tuning, or as they are for evaluation.
 
 Fine-tuning draws order, crop and flip as pre-training does, and RandAugment on the view. Evaluation sees the middle of
 each image, by the authors' rule.

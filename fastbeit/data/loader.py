@@ -1,4 +1,4 @@
-"""Batches of two views in uint8, or token views alone, by one of three pipelines (design D1, D4).
+"""Batches of two views in uint8, or token views alone, by one of three pipelines.
 
 torch: simplejpeg and torch's antialiased resize. dali: NVIDIA DALI. pillow: as the authors, slow, the reference.
 """

@@ -1,4 +1,4 @@
-"""Which images make up a step and how each is augmented: a pure function of (seed, step) (design D1).
+"""Which images make up a step and how each is augmented: a pure function of (seed, step).
 
 A step's batch is the same on any number of ranks and workers, and after a resume: who starts at step k gets what an
 uninterrupted run gets from step k on.

@@ -1,4 +1,4 @@
-"""Every random number of a run, from a counter: order, augmentation, masks, drop path (design D1).
+"""Every random number of a run, from a counter: order, augmentation, masks, drop path.
 
 Philox4x32-10 (Salmon et al., SC 2011), the generator behind Triton's `tl.rand`: the key is the run's seed, the counter
 says what the number is for. A number is therefore the same on any rank, in any worker, before and after a resume, and a
@@ -102,7 +102,7 @@ def rows_at(seed: int, epoch: int, places: np.ndarray, num_images: int, block_ro
         [n] int64 in [0, num_images).
     """
     if block_rows > 1:
-        # inside of windows; of blocks that are one image, the next step leaves nothing to do
+        # shuffle the images of each window; where a block is one image, the shuffle of blocks below is enough
         window_rows = WINDOW_BLOCKS * block_rows
         window, place = np.divmod(places, window_rows)
         sizes = np.minimum(window_rows, num_images - window * window_rows)

@@ -44,8 +44,8 @@ class Figures:
     held_out: bool  # else all figures are of training images, in unseen crops
     loss: float
     accuracy: float
-    baseline: float | None  # knows how frequent words are in training, and sees nothing
-    own_baseline: float | None  # knows how frequent they are in these very images, and sees nothing
+    baseline: float | None  # knows how frequent words are in training, and sees no image
+    own_baseline: float | None  # knows how frequent they are in these very images, and sees no image
     words_in_use: int | None
     vocab_size: int | None
     train_crops_loss: float
@@ -96,7 +96,7 @@ def open_run(run: Path) -> Trained:
 
 
 def measure(run: Trained, num_crops: int) -> Figures:
-    """Loss on held-out images and on unseen crops of training images, beside what a model scores that sees nothing.
+    """Loss on held-out images and on unseen crops of training images, beside that of a model that sees no image.
 
     Args:
         num_crops: looked at for each figure; with 1000 its error is some hundredths of a nat.

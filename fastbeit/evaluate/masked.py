@@ -1,7 +1,7 @@
 """What a model knows of images that it was not trained on: loss and accuracy, and what they are worth.
 
 The yardstick is the unigram baseline: the cross-entropy of the images' tokens under the histogram of the training
-tokens, which is what a model scores that sees nothing.
+tokens, the loss of a model that sees no image.
 """
 
 import math

@@ -69,7 +69,7 @@ def make_panels(run: Trained, look: Look) -> dict[str, Tensor]:
 
 
 def entropy_map(look: Look, grid: tuple[int, int]) -> Tensor:
-    """Entropy of the words that the model thinks of, [n, *look.images.shape[1:]] uint8: dark for none, bright for ln V.
+    """Entropy of the prediction, [n, *look.images.shape[1:]] uint8: dark for none, bright for ln V.
 
     Patches that it does not predict are gray.
     """
@@ -126,7 +126,7 @@ def draw_curves(lines: list[dict[str, Any]], figures: Figures, path: Path) -> Pa
     _plot(accuracy, "masked accuracy", training, "masked_accuracy", held_out, "accuracy")
     _plot(rate, "learning rate", training, "lr", [], "")
     if figures.baseline is not None:
-        loss.axhline(figures.baseline, ls="--", lw=1, color="#666", label="baseline: sees nothing")
+        loss.axhline(figures.baseline, ls="--", lw=1, color="#666", label="baseline: sees no image")
     loss.legend(fontsize=8)
     return _save(figure, path)
 

@@ -80,7 +80,7 @@ def _say_what_was_learnt(figures: Figures, num_photos: int) -> str:
     if gain is None or train_gain is None:
         return "Pixels were predicted: there is no baseline to compare with."
     lines = [
-        "What it learnt, in nats a masked patch (fewer is better; the baseline sees nothing and knows how frequent "
+        "What it learnt, in nats a masked patch (fewer is better; the baseline sees no image and knows how frequent "
         "each word is in the training photos):",
         f"  held-out photos               baseline {figures.baseline:.3f}  model {figures.loss:.3f}  "
         f"gain {gain:.3f}  (wanted: {WANTED_GAIN})",

@@ -120,8 +120,8 @@ def table(figures: Figures) -> list[tuple[str, str, str]]:
             number(figures.baseline),
             number(figures.train_crops_baseline),
         ),
-        ("sees nothing, knows the words of these images, nats", number(figures.own_baseline), ""),
-        ("sees nothing, knows nothing, nats", even, even),
+        ("baseline: knows how frequent each word is in these images, nats", number(figures.own_baseline), ""),
+        ("baseline: takes all words as equally likely, nats", even, even),
         ("gain on the baseline, nats", number(figures.gain), number(figures.train_crops_gain)),
         ("masked accuracy", number(figures.accuracy), number(figures.train_crops_accuracy)),
         ("words in use", f"{figures.words_in_use} of {figures.vocab_size}", ""),
@@ -140,7 +140,7 @@ def verdict(figures: Figures) -> str:
         )
     return (
         f"Masked patches of {asked} cost the model {figures.loss:.2f} nats, {figures.gain:.2f} fewer than a model that "
-        f"sees nothing ({figures.baseline:.2f}); {figures.words_in_use} of {figures.vocab_size} words are in use there."
+        f"sees no image ({figures.baseline:.2f}); {figures.words_in_use} of {figures.vocab_size} words occur there."
     )
 
 
@@ -149,7 +149,7 @@ def _explain(figures: Figures, num_crops: int) -> str:
         return f"Measured on {num_crops:,} crops; squared error of pixels normalised as the model sees them."
     return (
         f"Measured on {num_crops:,} crops each. The loss is the cross-entropy of the true visual token: fewer nats are "
-        "better. The baseline is that of a model that sees nothing and knows how frequent words are in training images."
+        "better. The baseline is a model that sees no image and knows how frequent each word is in training."
     )
 
 
@@ -162,6 +162,6 @@ def _caption(run: Trained) -> str:
     return (
         "The true tokens, decoded, are what the tokenizer keeps of an image: no prediction can look better. "
         f"{hidden}. Its most likely visual token for each patch that it predicts, and the true tokens elsewhere, are "
-        "decoded. The last column is the entropy of the words that it thinks of: black where it is sure, bright where "
-        "all words are alike to it."
+        "decoded. The last column shows how unsure the model is (the entropy of its prediction): black where it is "
+        "sure, bright where all words seem equally likely."
     )

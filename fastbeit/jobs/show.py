@@ -94,7 +94,7 @@ def show(config: Config, output: Path, num_images: int) -> str:
 def see(config: Config, index: Index, token_size: Size | None, num_images: int) -> Seen:
     """The first images of step 0, and of the steps after it where a batch has fewer; all on the CPU."""
     batch_size = config.optim.batch_size
-    # what training would refuse is refused
+    # raises for the settings that training raises for
     steps_per_epoch(len(index), batch_size, config.data.tail)
     # what stands first in a batch does not depend on its size: a few images are made, not a batch of thousands
     batch_size = min(batch_size, num_images)

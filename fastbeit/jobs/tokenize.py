@@ -76,7 +76,7 @@ def _tokenize(config: Config, index: Index, chosen: Chosen, writer: CacheWriter,
     folder, recipe, tokenizer = writer.folder, writer.card.recipe, chosen.tokenizer
     if world.rank == 0:
         print(
-            f"{recipe.num_images:,} images x {recipe.views} views x {recipe.num_tokens} tokens: "
+            f"{recipe.num_images:,} images x {recipe.views} crops x {recipe.num_tokens} tokens: "
             f"{writer.num_bytes:,} bytes in '{folder}'; {world.size} rank(s) on {world.device.type}",
         )
         print(chosen.line, *([BUNDLED_NOTE] if is_bundled(tokenizer.fingerprint) else []), sep="\n", flush=True)

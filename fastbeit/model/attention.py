@@ -84,7 +84,7 @@ def expand_bias_table(module: nn.Module) -> Tensor:
 
 
 class RelativePositionBias(nn.Module):
-    """The table that all blocks share in pre-training, expanded once a step (design D8)."""
+    """The table that all blocks share in pre-training, expanded once a step."""
 
     def __init__(self, grid: Size, num_heads: int) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class PatchProjection(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """uint8 images to tokens; bytes are normalised here and nowhere before (design D4)."""
+    """uint8 images to tokens; bytes are normalised here and nowhere before."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Block(nn.Module):
             x: [B, S, D].
             bias: as in `Attention`.
             keep: [2, B], factors of the two branches.
-            slots: [B, M] tokens that are wanted; all that follows the attention is done for them alone (design D7).
+            slots: [B, M] tokens that are wanted; all that follows the attention is done for them alone.
 
         Returns:
             [B, M or S, D].

@@ -1,4 +1,4 @@
-"""A checkpoint is complete and verified, or it is not there (design D11).
+"""A checkpoint is complete and verified, or it is not there.
 
 `step-000123/` holds `model.safetensors` (whole, whatever the ranks), `optimizer.safetensors` (moments by parameter
 name), `state.json`, and a MANIFEST with each file's size and sha256. It is written beside its place, synced to disk

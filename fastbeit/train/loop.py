@@ -38,7 +38,7 @@ class Reading:
     """What the sums of some steps say."""
 
     figures: dict[str, float]  # for the log
-    line: str  # the same for the eye
+    line: str  # the same as text
     warning: str | None = None
 
 

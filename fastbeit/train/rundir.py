@@ -1,4 +1,4 @@
-"""A run directory and what a run says in it: `config.yaml`, `log.jsonl`, `tensorboard/` (design D12)."""
+"""A run directory and what a run says in it: `config.yaml`, `log.jsonl`, `tensorboard/`."""
 
 import contextlib
 import os

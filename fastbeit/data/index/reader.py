@@ -1,4 +1,4 @@
-"""What images there are: a table of one row an image, memory-mapped (design D1).
+"""What images there are: a table of one row an image, memory-mapped.
 
 The file is a safetensors file; its tensors are the table's columns, n images in f files:
 

@@ -1,4 +1,4 @@
-"""What a cache of tokens holds, in figures: how frequent each word is, and what a model scores that sees nothing."""
+"""What a cache of tokens holds, in figures: how frequent each word is, and the loss of a model that sees no image."""
 
 import hashlib
 import math
@@ -23,7 +23,7 @@ class Census:
 
     @property
     def entropy(self) -> float:
-        """In nats: the loss of a model that knows how frequent the words are, and sees nothing."""
+        """In nats: the loss of a model that knows how frequent the words are, and sees no image."""
         share = self.histogram[self.histogram > 0] / max(1, self.histogram.sum())
         return float(-(share * np.log(share)).sum())
 
@@ -54,13 +54,13 @@ def take_census(cache: TokenCache) -> Census:
 
 
 def describe(cache: TokenCache) -> str:
-    """A page for the eye; errors as in `take_census`."""
+    """A page to read; errors as in `take_census`."""
     census, recipe, card = take_census(cache), cache.recipe, cache.card
     in_use = int((census.histogram > 0).sum())
     num_bytes = sum(view.nbytes for view in cache.views)
     lines = {
         "images": f"{recipe.num_images:,}, {card.num_bad} of them bad (bad_samples.jsonl), index {recipe.index[:16]}",
-        "views": f"{recipe.views} of {recipe.grid[0]}x{recipe.grid[1]} tokens, {census.num_bad_rows} rows without",
+        "crops": f"{recipe.views} an image, {recipe.grid[0]}x{recipe.grid[1]} tokens each; {census.num_bad_rows} bad",
         "size": f"{num_bytes:,} bytes, {num_bytes // recipe.num_images:,} an image, {2 * recipe.num_tokens} a crop",
         "tokenizer": f"{recipe.tokenizer}, {recipe.vocab_size} words, {card.precision}",
         "recipe": f"seed {recipe.seed}, crop_scale {_pair(recipe.crop_scale)}, crop_ratio {_pair(recipe.crop_ratio)}, "
@@ -68,7 +68,7 @@ def describe(cache: TokenCache) -> str:
         f"token view {recipe.token_size[0]}x{recipe.token_size[1]}",
         "made by": card.command,
         "words": f"{in_use} of {recipe.vocab_size} in use, perplexity {math.exp(census.entropy):.1f}",
-        "entropy": f"{census.entropy:.4f} nats a token: the baseline to beat, of a model that sees nothing; "
+        "entropy": f"{census.entropy:.4f} nats a token: the baseline to beat, of a model that sees no image; "
         f"ln {recipe.vocab_size} = {math.log(recipe.vocab_size):.4f}",
         "files": "are those that were written (sha256)",
     }

@@ -1,6 +1,6 @@
-"""Visual tokens made ahead of time, on disk (design D2): what `fastbeit tokenize` writes and pre-training reads.
+"""Visual tokens made ahead of time, on disk: what `fastbeit tokenize` writes and pre-training reads.
 
-A directory, n images in K views of N tokens each:
+A directory; n images, K crops of each, the token view of each crop in N tokens:
 
     tokens.json         `Card`: what the tokens are of, and the sha256 of each view's file; written last
     view-000.npy        uint16 [n, N]: row i holds the tokens of image i of the index in view 0, in row-by-row order;
@@ -42,7 +42,7 @@ class Recipe(Section):
     seed: int
     index: str = Field(description="fingerprint")
     num_images: Count
-    views: Count
+    views: Count = Field(description="token views of an image, one a crop: data.num_crops")
     crop_scale: tuple[Positive, Positive]
     crop_ratio: tuple[Positive, Positive]
     flip: Fraction
@@ -250,7 +250,7 @@ def how_far(folder: Path) -> str:
 def check_cache(cache: TokenCache, config: Config, index: Index) -> None:
     """Make sure that a cache holds the tokens that a run would make itself, with the same tokenizer.
 
-    Fewer views than the cache has are fine: the first K of them are what data.num_crops=K draws.
+    Fewer crops than the cache has are fine: the first K of them are what data.num_crops=K draws.
 
     Raises:
         RunError: it holds others (exit code 2), with each value that differs.
@@ -258,8 +258,8 @@ def check_cache(cache: TokenCache, config: Config, index: Index) -> None:
     wanted, num_views = wanted_of(config, index), cache.recipe.views
     if not config.data.num_crops:
         raise RunError(
-            f"data.tokens '{cache.folder}' holds {num_views} views of each image, and data.num_crops=0 draws ever new "
-            f"ones; set data.num_crops={num_views}, or leave data.tokens empty",
+            f"data.tokens '{cache.folder}' holds tokens of {num_views} crops of each image, and data.num_crops=0 draws "
+            f"new ones; set data.num_crops={num_views}, or leave data.tokens empty",
             USAGE,
         )
     wanted["views"] = max(num_views, config.data.num_crops)

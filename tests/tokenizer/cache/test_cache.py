@@ -108,7 +108,7 @@ def test_bad_images_are_marked_and_named(tokens):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_bad_images_end_the_job(parts, tmp_path, monkeypatch, num_workers):
     monkeypatch.setattr("fastbeit.train.bad_samples.bad_limit", lambda num_images: 0)
-    with pytest.raises(DataError, match=r"1 bad images, more than the limit of 0 .*tokens/bad_samples\.jsonl") as caught:
+    with pytest.raises(DataError, match=r"1 bad images, more than the limit of 0 .*/bad_samples\.jsonl") as caught:
         make(parts, tmp_path / "tokens", data__num_workers=num_workers)
     assert caught.value.exit_code == 65
 
@@ -198,7 +198,7 @@ def test_info(tokens, capsys):
         f"perplexity {np.exp(entropy):.1f}",
         f"{len(share)} of 32 in use",
         "12, 1 of them bad",
-        "3 of 4x4 tokens, 3 rows without",
+        "3 an image, 4x4 tokens each; 3 bad",
         "1,152 bytes, 96 an image, 32 a crop",
         f"({share.max():.2%})",
     ):
@@ -228,7 +228,7 @@ def test_the_command(parts, tokens, tmp_path, capsys, monkeypatch):
     for said in ("tokens: tokens\n", "tokens: tokens (were finished before)\n"):
         assert main(command) == 0
         shown = capsys.readouterr()
-        assert said in shown.out and "12 images x 3 views x 16 tokens: 1,536 bytes in 'tokens'; 1 rank(s)" in shown.out
+        assert said in shown.out and "12 images x 3 crops x 16 tokens: 1,536 bytes in 'tokens'; 1 rank(s)" in shown.out
     assert files(tmp_path / "tokens") == files(tokens)
     assert main([*command, "data.num_crops=2"]) == 2
     assert "data.num_crops is 3 there, 2 here" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_a_cache_of_other_images_or_another_tokenizer_is_refused(train, parts, t
 
 
 def test_views_that_come_ever_new_are_refused_with_the_number_to_set(train, tokens):
-    with pytest.raises(RunError, match=r"holds 3 views of each image, .*set data\.num_crops=3") as caught:
+    with pytest.raises(RunError, match=r"holds tokens of 3 crops of each image, .*set data\.num_crops=3") as caught:
         train("run", data__tokens=tokens, data__num_crops=0)
     assert caught.value.exit_code == 2
 

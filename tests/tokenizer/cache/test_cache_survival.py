@@ -85,7 +85,7 @@ def test_too_small_a_disk_is_said_before_anything_is_made(parts, tmp_path, monke
     with pytest.raises(RunError, match=r"want 1,536 bytes, and the disk has 1,000 free") as caught:
         make(parts, tmp_path / "tokens")
     assert caught.value.exit_code == 74
-    assert "12 images x 3 views x 16 tokens: 1,536 bytes" in capsys.readouterr().out
+    assert "12 images x 3 crops x 16 tokens: 1,536 bytes" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "tokens").iterdir()] == [".lock"]
 
 
