@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fastbeit import masking
-from fastbeit.config.pretrain import Config
+from fastbeit.config.pretrain import MAX_GRID, Config
 from fastbeit.config.sections import MaskingConfig
 from fastbeit.data.sampling import Purpose, uniform
 from fastbeit.masking import UNUSED, MaskRule, Masks, blockwise_mask, draw, draw_masks, label, rule_of, slots_of
+from fastbeit_kernels.block_masks import MAX_SIDE
 
 GRID = 14, 14
 
@@ -55,6 +56,11 @@ class CountedStream:
 
     def randint(self, low: int, high: int) -> int:
         return low + int(self._next() * (high - low + 1))
+
+
+def test_a_config_and_the_kernel_hold_the_same_grids():
+    # the config imports no kernel, so the number stands twice
+    assert MAX_GRID == MAX_SIDE
 
 
 def test_blockwise_mask_is_the_authors():

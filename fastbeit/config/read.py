@@ -23,6 +23,11 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     return configure(Config, overrides, _read_yaml(Path(path)))
 
 
+def load_saved(model: type[S], path: Path) -> S:
+    """What `save_config` wrote, in this version or an earlier one: keys that are new since have their defaults."""
+    return configure(model, [], _read_yaml(path))
+
+
 def configure(model: type[S], overrides: list[str], values: dict[str, Any] | None = None) -> S:
     """Lay `key=value` overrides over nested values and check the whole.
 
@@ -45,17 +50,18 @@ def configure(model: type[S], overrides: list[str], values: dict[str, Any] | Non
                 raise ConfigError(f"{key}: '{parent}' is a value, not a section")
         section[leaf] = _parse_yaml(text, f"value of {key}") if text else ""
     try:
-        return model.model_validate(translate(values, model))
+        return model.model_validate(_translate(values, model))
     except ValidationError as err:
         raise ConfigError("\n".join(_explain(problem, model) for problem in err.errors())) from None
 
 
-def translate(values: dict[str, Any], model: type[Section]) -> dict[str, Any]:
+def _translate(values: dict[str, Any], model: type[Section]) -> dict[str, Any]:
     """The same values under today's keys; what was renamed is said.
 
     Raises:
         ConfigError: a key is there under both names.
     """
+    said = []
     for old, new in model.renamed.items():
         *parents, leaf = old.split(".")
         section: Any = values
@@ -72,7 +78,9 @@ def translate(values: dict[str, Any], model: type[Section]) -> dict[str, Any]:
         if name in place:
             raise ConfigError(f"{old} is called {new} now, and both are set; leave out {old}")
         place[name] = section.pop(leaf)
-        print(f"{old} is called {new} now", file=sys.stderr)
+        said.append(f"{old} is called {new} now")
+    if said:
+        print("; ".join(said), file=sys.stderr)
     return values
 
 

@@ -22,6 +22,7 @@ from fastbeit.files import sha256, share, sync
 from fastbeit.train.ema import PREFIX, Average
 
 MANIFEST = "MANIFEST.json"
+VERSION = 1  # of this layout
 
 
 class Saver:
@@ -39,9 +40,9 @@ class Saver:
         self.last_checkpoint, self.problems = find_checkpoint(folder)
         state: dict[str, Any] = load_state(self.last_checkpoint) if self.last_checkpoint else {}
         for name, fingerprint in origin.items() if state else ():
-            if state[name] != fingerprint:
+            if state.get(name) != fingerprint:
                 raise RunError(
-                    f"'{self.last_checkpoint}' was made with another {name} (fingerprint {state[name]}, now "
+                    f"'{self.last_checkpoint}' was made with another {name} (fingerprint {state.get(name)}, now "
                     f"{fingerprint}); go back to that {name}, or choose another out",
                     CHECKPOINT_UNUSABLE,
                 )
@@ -91,7 +92,7 @@ def save_checkpoint(
         save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(aside.iterdir())}
-        (aside / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1))
+        (aside / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
         for path in aside.iterdir():
             share(path)
             sync(path)
@@ -162,7 +163,10 @@ def load_state(path: Path) -> dict[str, Any]:
 def _find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["version"] != VERSION:
+            return f"it is of version {manifest['version']}, this fastbeit reads version {VERSION}"
+        files = manifest["files"]
         for name, wanted in files.items():
             if (size := (path / name).stat().st_size) != wanted["bytes"]:
                 return f"{name} has {size} bytes, the manifest says {wanted['bytes']}"

@@ -7,17 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
-from fastbeit.config.read import save_config, translate
+from fastbeit.config.read import load_saved, save_config
 from fastbeit.config.sections import Section
-from fastbeit.errors import CANNOT_CREATE, USAGE, RunError
+from fastbeit.errors import CANNOT_CREATE, USAGE, ConfigError, RunError
 
 if sys.platform != "win32":
     import fcntl
 
 # what may differ between the parts of one run: who runs it and what it says, not what it computes
-FREE_SECTIONS = ("engine", "log", "profile")
+FREE_SECTIONS = ("out", "engine", "log", "profile")
 FREE_FIELDS = {
     "data": ("index", "val_index", "tokens", "num_workers"),
     "optim": ("accumulate",),
@@ -97,9 +95,13 @@ def _lock(file: IO[str], folder: Path, key: str) -> None:
 
 
 def _refuse_another_run(out: Path, config: Section) -> None:
-    old, new = yaml.safe_load((out / "config.yaml").read_text()), config.model_dump(mode="json")
-    old = translate(old, type(config)) if isinstance(old, dict) else old
-    changes = [f"{key} was {was}, now {now}" for key, was, now in _differences(old, new)]
+    try:
+        old = load_saved(type(config), out / "config.yaml")
+    except ConfigError as err:
+        raise RunError(
+            f"out '{out}' holds another run, whose config.yaml does not fit this one: {err}; choose another out", USAGE
+        ) from err
+    changes = [f"{key} was {was}, now {now}" for key, was, now in _differences(old, config)]
     if changes:
         raise RunError(
             f"out '{out}' holds another run: {'; '.join(changes)}. Choose another out, or that run's settings",
@@ -107,17 +109,20 @@ def _refuse_another_run(out: Path, config: Section) -> None:
         )
 
 
-def _differences(old: Any, new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    found = []
-    for section, now in new.items():
-        was = old.get(section) if isinstance(old, dict) else None
-        if section in (*FREE_SECTIONS, "out"):
-            continue
-        if not isinstance(now, dict):
-            found += [(section, was, now)] if was != now else []
-            continue
-        for key, value in now.items():
-            before = was.get(key) if isinstance(was, dict) else None
-            if before != value and key not in FREE_FIELDS.get(section, ()):
-                found.append((f"{section}.{key}", before, value))
+def _differences(old: Section, new: Section) -> list[tuple[str, Any, Any]]:
+    """Key, old and new value, of what decides what a run computes."""
+    before, after = _flat(old), _flat(new)
+    return [(key, before[key], now) for key, now in after.items() if before[key] != now and not _is_free(key)]
+
+
+def _flat(config: Section) -> dict[str, Any]:
+    """Values by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in config.model_dump(mode="json").items():
+        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
     return found
+
+
+def _is_free(key: str) -> bool:
+    section, _, field = key.partition(".")
+    return section in FREE_SECTIONS or field in FREE_FIELDS.get(section, ())

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.read import load_config, save_config
+from fastbeit.config.read import configure, load_config, save_config
+from fastbeit.config.tokenizer import TokenizerTrainConfig
 from fastbeit.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -100,3 +101,26 @@ def test_defaults_are_the_papers_recipe_for_base():
     assert (config.optim.batch_size, config.optim.epochs, config.optim.warmup_epochs) == (2048, 800, 10)
     assert (config.optim.clip_grad, config.optim.weight_decay, config.model.drop_path) == (3.0, 0.05, 0.1)
     assert yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))["model"]["layer_scale"] == 0.1
+
+
+def test_keys_of_an_earlier_version_are_translated_and_said(write, capsys):
+    path = write("data: {views: 4}\nlog: {val_views: 2}\n")
+    config = load_config(path, ["data.index=a.idx"])
+    assert config.data.num_crops == 4 and config.log.val_crops == 2
+    said = "data.views is called data.num_crops now; log.val_views is called log.val_crops now\n"
+    assert capsys.readouterr().err == said
+    flat = configure(TokenizerTrainConfig, ["steps=7", "n_hid=8", "precision=bf16", "image_size=64", "jitter=0.1"])
+    nested = ["optim.steps=7", "model.n_hid=8", "engine.precision=bf16", "data.image_size=64", "data.jitter=0.1"]
+    assert flat == configure(TokenizerTrainConfig, nested)
+
+
+@pytest.mark.parametrize("model", [Config, TokenizerTrainConfig])
+def test_each_old_key_leads_to_one_that_is_there(model):
+    for key in model.renamed.values():
+        section, name = key.split(".")
+        assert name in model.model_fields[section].annotation.model_fields
+
+
+def test_an_old_key_beside_its_new_one_is_refused():
+    with pytest.raises(ConfigError, match="data.views is called data.num_crops now, and both are set"):
+        configure(Config, ["data.views=2", "data.num_crops=2"])

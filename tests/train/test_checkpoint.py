@@ -67,6 +67,14 @@ def test_a_manifest_that_names_too_little_is_not_believed(tmp_path):
     assert caught.value.exit_code == 78
 
 
+@pytest.mark.parametrize("manifest", [{"version": 2}, {}], ids=["next", "none"])
+def test_another_layout_is_passed_over_and_named(tmp_path, manifest):
+    path = save(tmp_path, 1) / "MANIFEST.json"
+    path.write_text(json.dumps({**manifest, "files": json.loads(path.read_text())["files"]}))
+    with pytest.raises(RunError, match="version"):
+        find_checkpoint(tmp_path)
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     good = save(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -64,7 +64,7 @@ class Recipe(Section):
 class Card(Section):
     """What `tokens.json` holds."""
 
-    format: int = Field(ge=FORMAT, le=FORMAT, description="version of this layout")
+    format: int = Field(description="version of this layout")
     recipe: Recipe
     precision: str = Field(description="dtype that the tokenizer encoded in; rounding can turn a few tokens")
     chunk_rows: Count = Field(description="rows written together while the cache was made")
@@ -208,11 +208,26 @@ def read_card(path: Path) -> Card:
         CacheError: the file is damaged or of another version.
     """
     try:
-        return Card.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
+        version = _version(text)
+        if version != FORMAT:
+            raise CacheError(
+                f"'{path}' has format {version}, wanted {FORMAT}; make the tokens again: fastbeit tokenize"
+            )
+        return Card.model_validate_json(text)
     except ValidationError as err:
         first = err.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole file"
         raise CacheError(f"'{path}': {place}: {first['msg']}; copy it again, or make the tokens again") from None
+
+
+def _version(text: bytes) -> Any:
+    """What a card says of its format; `FORMAT` where it says nothing, for then more is wrong with it."""
+    try:
+        card = json.loads(text)
+    except ValueError:
+        return FORMAT
+    return card.get("format", FORMAT) if isinstance(card, dict) else FORMAT
 
 
 def read_journals(folder: Path) -> dict[int, list[tuple[int, str]]]:
