@@ -21,6 +21,22 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return lambda text: request.node.user_properties.append(("said", text))
 
 
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names that read, `R12-V8192-bf16`: a number with its argument's name, a dtype, the items of a dict."""
+    if isinstance(val, torch.dtype):
+        return DTYPES.get(val, str(val).removeprefix("torch."))
+    if isinstance(val, bool | int | float):
+        return f"{argname}{val}" if len(argname) == 1 else f"{argname}={val}"
+    if isinstance(val, dict):
+        return ",".join(f"{key}={value}" for key, value in val.items()) or f"no {argname}"
+    if isinstance(val, tuple | list) and val and all(isinstance(one, int) for one in val):
+        return f"{argname}={'x'.join(map(str, val))}"
+    return None  # pytest's own
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, text in report.user_properties:

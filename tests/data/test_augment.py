@@ -250,7 +250,7 @@ def erased(device, dtype=torch.float32, *, probability=0.6, n=12, size=(40, 56))
     return images, after, boxes, epoch, sample
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_box_is_noise_and_the_rest_untouched(device, dtype):
     before, after, boxes, epoch, sample = erased(device, dtype)
     assert 2 < (boxes[:, 2] > 0).sum() < 12

@@ -1,5 +1,5 @@
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,12 +33,21 @@ def make_inputs(device: str, R: int, V: int, dtype: torch.dtype, kind: str = "pe
     return between_nans(logits), between_nans(labels)
 
 
-def run(fn, logits: Tensor, labels: Tensor, count: Tensor | None = None, grad_loss: float = 1.0, **kwargs: Any):
-    """Loss, gradient of the logits, number of correct rows."""
+class Result(NamedTuple):
+    """What an op gives, and the gradient of its loss."""
+
+    loss: Tensor
+    grad_logits: Tensor
+    num_correct: Tensor
+
+
+def run(
+    fn, logits: Tensor, labels: Tensor, count: Tensor | None = None, grad_loss: float = 1.0, **kwargs: Any
+) -> Result:
     logits = logits.detach().requires_grad_()
     loss, num_correct = fn(logits, labels, count, **kwargs)
     (grad_logits,) = torch.autograd.grad(loss, logits, loss.new_tensor(grad_loss))
-    return loss, grad_logits, num_correct
+    return Result(loss, grad_logits, num_correct)
 
 
 def run_triton(*args: Any, **kwargs: Any):
@@ -49,7 +58,7 @@ def run_triton(*args: Any, **kwargs: Any):
 # the loop, the last one ragged, and 65,536 are eight
 @pytest.mark.parametrize("R, V", [(1, 8192), (12, 8192), (7, 1000), (150, 50), (3, 20_000), (2, 65_536)])
 @pytest.mark.parametrize("kind", LOGITS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cross_entropy(device: str, dtype: torch.dtype, kind: str, R: int, V: int):
     logits, labels = make_inputs(device, R, V, dtype, kind)
     count = torch.tensor(8, device=device) if R == 1 else None  # else 2^16 overflows the one row's float16 gradient
@@ -62,8 +71,8 @@ def test_cross_entropy(device: str, dtype: torch.dtype, kind: str, R: int, V: in
     exact = run(cross_entropy_reference, logits.double(), labels, count, grad_loss)
     for name, *fast_eager_exact in zip(("loss", "grad_logits"), fast, eager, exact, strict=False):
         assert_within_budget(name, *fast_eager_exact)
-    assert fast[2].dtype == torch.int64 and fast[2] == eager[2]
-    assert (fast[1][labels == -100] == 0).all()
+    assert fast.num_correct.dtype == torch.int64 and fast.num_correct == eager.num_correct
+    assert (fast.grad_logits[labels == -100] == 0).all()
 
 
 def test_an_image(device: str):
@@ -71,17 +80,19 @@ def test_an_image(device: str):
 
 
 @pytest.mark.parametrize("V", [1000, pytest.param(8192, marks=pytest.mark.long)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_whole_batch(device: str, dtype: torch.dtype, V: int):
     """9600 rows, 128 images: on the CPU the reference, whose sums are float32 whatever the logits are."""
     logits, labels = make_inputs(device, 9600, V, dtype)
     loss, grad_logits, num_correct = run(cross_entropy, logits, labels)
     exact = run(cross_entropy_reference, logits.double(), labels)
-    torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), exact.loss, rtol=1e-6, atol=0)
     # a probability in float32 has the error of its exponent, a logit near 20 less the logarithm of a sum: on AVX2 2^-17
     # of it, on AVX-512 less. Four times that, over the 6400 rows whose mean is taken
-    torch.testing.assert_close(grad_logits.double(), exact[1], rtol=2 * torch.finfo(dtype).eps, atol=2**-15 / 6400)
-    assert num_correct == exact[2] and 0 < num_correct < 9600
+    torch.testing.assert_close(
+        grad_logits.double(), exact.grad_logits, rtol=2 * torch.finfo(dtype).eps, atol=2**-15 / 6400
+    )
+    assert num_correct == exact.num_correct and 0 < num_correct < 9600
 
 
 WEIGHTS = [dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.3, z_loss=1e-4)]
@@ -89,8 +100,8 @@ WEIGHTS = [dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.
 
 @pytest.mark.parametrize("R, V", [(4, 8192), (7, 1000), (3, 20_000)])
 @pytest.mark.parametrize("kind", ["peaked", "huge"])
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_smoothing_and_z_loss(device: str, dtype: torch.dtype, weights: dict[str, float], kind: str, R: int, V: int):
     logits, labels = make_inputs(device, R, V, dtype, kind)
     count = torch.tensor(9600, device=device)
@@ -99,7 +110,7 @@ def test_smoothing_and_z_loss(device: str, dtype: torch.dtype, weights: dict[str
     exact = run(cross_entropy_reference, logits.double(), labels, count, 2.0**16, **weights)
     for name, *fast_eager_exact in zip(("loss", "grad_logits"), fast, eager, exact, strict=False):
         assert_within_budget(name, *fast_eager_exact)
-    assert fast[2] == eager[2] and (fast[1][labels == -100] == 0).all()
+    assert fast.num_correct == eager.num_correct and (fast.grad_logits[labels == -100] == 0).all()
 
 
 def test_reference_is_its_formula():
@@ -116,7 +127,7 @@ def test_reference_is_its_formula():
 
 
 @pytest.mark.parametrize("V", [50, 8192, 20_000])
-@pytest.mark.parametrize("weights", [{}, *WEIGHTS], ids=str)
+@pytest.mark.parametrize("weights", [{}, *WEIGHTS])
 def test_the_residual_may_replace_its_logits(device: str, weights: dict[str, float], V: int):
     """As linear_cross_entropy launches it."""
     logits, labels = make_inputs(device, 5, V, torch.bfloat16)
@@ -134,8 +145,8 @@ def test_float16_gradient_is_not_flushed(device: str):
     """Each entry, not their norm: p / count is below the smallest normal float16, p and p * 2^16 / count are above."""
     logits, labels = make_inputs(device, 40, 8192, torch.float16, "flat")
     count = torch.tensor(9600, device=device)
-    grad_logits = run_triton(logits, labels, count, 2.0**16)[1]
-    exact = run(cross_entropy_reference, logits.double(), labels, count, 2.0**16)[1]
+    grad_logits = run_triton(logits, labels, count, 2.0**16).grad_logits
+    exact = run(cross_entropy_reference, logits.double(), labels, count, 2.0**16).grad_logits
     torch.testing.assert_close(
         grad_logits.double(), exact, rtol=2**-9, atol=0
     )  # two roundings of 2^-11, and twice that
@@ -164,7 +175,7 @@ def test_no_labelled_row_costs_nothing(device: str, count: int | None, R: int, V
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("count_dtype", [torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("count_dtype", [torch.int64, torch.float32])
 def test_count_divides_the_sum(device: str, count_dtype: torch.dtype, backend: str):
     logits, labels = make_inputs(device, 6, 50, torch.float32)
     one, five = (torch.tensor(n, device=device, dtype=count_dtype) for n in (1, 5))
@@ -192,12 +203,12 @@ def test_words_of_no_probability(device: str, V: int):
     fast, eager = run_triton(logits, labels), run(cross_entropy_reference, logits, labels)
     for got, want in zip(fast, eager, strict=True):
         torch.testing.assert_close(got, want)
-    assert (fast[1][:, : V // 2] == 0).all()
+    assert (fast.grad_logits[:, : V // 2] == 0).all()
 
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value):RuntimeWarning")  # NumPy, interpreting
 @pytest.mark.parametrize("V", [50, 20_000])
-@pytest.mark.parametrize("weights", [{}, *WEIGHTS], ids=str)
+@pytest.mark.parametrize("weights", [{}, *WEIGHTS])
 def test_a_label_of_no_probability(device: str, weights: dict[str, Any], V: int):
     """Costs an infinite loss, not NaN, also where the first block of the loop holds nothing but such words."""
     logits, labels = make_inputs(device, 2, V, torch.float32)
@@ -207,7 +218,7 @@ def test_a_label_of_no_probability(device: str, weights: dict[str, Any], V: int)
     eager = run(cross_entropy_reference, logits, labels, **weights)
     for got, want in zip(fast, eager, strict=True):
         torch.testing.assert_close(got, want)
-    assert fast[0] == float("inf") and torch.isfinite(fast[1]).all()
+    assert fast.loss == float("inf") and torch.isfinite(fast.grad_logits).all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, under the interpreter

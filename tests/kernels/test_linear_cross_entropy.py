@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,9 +15,20 @@ from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy, linear_c
 from helpers.launchers import GuardZones, NoSync, between_nans, shuffle_programs
 from helpers.numerics import assert_within_budget
 
-NAMES = "loss", "grad_hidden", "grad_weight", "grad_bias"
+
+class Result(NamedTuple):
+    """What an op gives, and the gradients of its loss: tensors, or None where none is wanted."""
+
+    loss: Tensor
+    grad_hidden: Any
+    grad_weight: Any
+    grad_bias: Any
+    num_correct: Tensor
+
+
+NAMES = Result._fields[:-1]
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "reference"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
 def make_inputs(device: str, R: int, D: int, V: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
@@ -33,34 +44,32 @@ def make_inputs(device: str, R: int, D: int, V: int, dtype: torch.dtype, bias: b
     return *floats, between_nans(labels)
 
 
-def run(
-    fn: Callable, *inputs: Any, grad_loss: float = 1.0, wanted: Any = (True,) * 3, **kwargs: Any
-) -> tuple[Any, ...]:
-    """Loss, the gradients of hidden, weight and bias (None where not wanted), number of right rows."""
+def run(fn: Callable, *inputs: Any, grad_loss: float = 1.0, wanted: Any = (True,) * 3, **kwargs: Any) -> Any:
+    """A `Result`; Any, because which gradients it holds depends on `wanted`."""
     floats = [
         None if t is None else t.detach().requires_grad_(want) for t, want in zip(inputs[:3], wanted, strict=True)
     ]
     loss, num_correct = fn(*floats, *inputs[3:], **kwargs)
     leaves = [t for t in floats if t is not None and t.requires_grad]
     grads = iter(torch.autograd.grad(loss, leaves, loss.new_tensor(grad_loss)) if leaves else ())
-    return loss, *(next(grads) if t is not None and t.requires_grad else None for t in floats), num_correct
+    return Result(loss, *(next(grads) if t is not None and t.requires_grad else None for t in floats), num_correct)
 
 
 def double(*inputs: Any) -> list[Any]:
     return [t.double() if t is not None and t.is_floating_point() and t.ndim else t for t in inputs]
 
 
-def assert_all_within_budget(fast: tuple, eager: tuple, exact: tuple) -> None:
+def assert_all_within_budget(fast: Result, eager: Result, exact: Result) -> None:
     # a gradient sums over words or rows, whichever its shape has not
     terms = max(size for grad in exact[1:4] if grad is not None for size in grad.shape)
     for name, *fast_eager_exact in zip(NAMES, fast, eager, exact, strict=False):
         if fast_eager_exact[0] is not None:
             assert_within_budget(name, *fast_eager_exact, terms=terms)
-    assert fast[4].dtype == torch.int64 and fast[4] == eager[4]
+    assert fast.num_correct.dtype == torch.int64 and fast.num_correct == eager.num_correct
 
 
-def assert_equal(first: tuple, other: tuple) -> None:
-    for name, a, b in zip((*NAMES, "num_correct"), first, other, strict=True):
+def assert_equal(first: Result, other: Result) -> None:
+    for name, a, b in zip(Result._fields, first, other, strict=True):
         assert a is b is None or torch.equal(a, b), f"{name} differs"
 
 
@@ -79,12 +88,12 @@ def test_linear_cross_entropy(device: str, dtype: torch.dtype, backend: str, R: 
     eager = run(linear_cross_entropy_reference, *inputs, grad_loss=grad_loss)
     exact = run(linear_cross_entropy_reference, *double(*inputs), grad_loss=grad_loss)
     assert_all_within_budget(fast, eager, exact)
-    assert (fast[1][inputs[3] == -100] == 0).all() and 0 < fast[4] < R
+    assert (fast.grad_hidden[inputs[3] == -100] == 0).all() and 0 < fast.num_correct < R
 
 
 @BACKENDS
 @DTYPES
-@pytest.mark.parametrize("weights", [dict(label_smoothing=0.1), dict(label_smoothing=0.3, z_loss=1e-2)], ids=str)
+@pytest.mark.parametrize("weights", [dict(label_smoothing=0.1), dict(label_smoothing=0.3, z_loss=1e-2)])
 def test_smoothing_and_z_loss(device: str, weights: dict[str, float], dtype: torch.dtype, backend: str):
     inputs = make_inputs(device, 37, 50, 99, dtype)
     fast = run(linear_cross_entropy, *inputs, chunk=8, backend=backend, **weights)
@@ -94,7 +103,7 @@ def test_smoothing_and_z_loss(device: str, weights: dict[str, float], dtype: tor
 
 
 @BACKENDS
-@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 def test_master_weights(device: str, hidden_dtype: torch.dtype, backend: str):
     """Training under autocast: float32 weights, products in bfloat16, and a weight gradient that was never rounded."""
     hidden, *inputs = make_inputs(device, 64, 48, 200, torch.float32)
@@ -140,7 +149,9 @@ def test_float16_gradients_are_scaled_in_float32(device: str):
         scaled = run(linear_cross_entropy, *inputs, torch.tensor(1, device=device), grad_loss=2.0**9)[name]
         torch.testing.assert_close(scaled.double() * 2.0**7, grad, rtol=2e-3, atol=2e-3 * grad.abs().max().item())
     tiny = [t if t is None or not t.is_floating_point() else t * 2.0**-6 for t in inputs[1:]]
-    loss_scaled = run(linear_cross_entropy, inputs[0], *tiny, torch.tensor(1, device=device), grad_loss=2.0**16)[1]
+    loss_scaled = run(
+        linear_cross_entropy, inputs[0], *tiny, torch.tensor(1, device=device), grad_loss=2.0**16
+    ).grad_hidden
     assert torch.isfinite(loss_scaled).all() and loss_scaled.any()
 
 
@@ -157,9 +168,9 @@ def test_each_subset_of_gradients(device: str, with_bias: bool, backend: str):
         assert counter.get_total_flops() == 2 * R * D * V * (1 + sum(wanted[:2]))
         assert_equal(
             some,
-            (everything[0], *(g if w else None for g, w in zip(everything[1:4], wanted, strict=True)), everything[4]),
+            everything._replace(**{name: None for name, want in zip(NAMES[1:], wanted, strict=True) if not want}),
         )
-        assert some[0].requires_grad == (any(wanted[:2]) or with_bias and wanted[2])
+        assert some.loss.requires_grad == (any(wanted[:2]) or with_bias and wanted[2])
     exact = run(linear_cross_entropy_reference, *double(*inputs))
     assert_all_within_budget(everything, run(linear_cross_entropy_reference, *inputs), exact)
 
@@ -197,7 +208,7 @@ def test_rows_without_a_label_have_no_say(device: str, garbage: float, backend: 
     clean = run(linear_cross_entropy, hidden, *inputs, backend=backend)
     hidden[ignored] = garbage
     assert_equal(clean, run(linear_cross_entropy, hidden, *inputs, backend=backend))
-    assert (clean[1][ignored] == 0).all()
+    assert (clean.grad_hidden[ignored] == 0).all()
 
 
 @BACKENDS
@@ -209,7 +220,11 @@ def test_no_labelled_row_costs_nothing(device: str, count: int | None, R: int, b
     given = None if count is None else torch.tensor(count, device=device)
     weights = dict(label_smoothing=0.1, z_loss=1e-4)
     result = run(linear_cross_entropy, *inputs, given, backend=backend, **weights)
-    assert all((t == 0).all() for t in result) and result[1].shape == (R, 16) and result[2].shape == (40, 16)
+    assert (
+        all((t == 0).all() for t in result)
+        and result.grad_hidden.shape == (R, 16)
+        and result.grad_weight.shape == (40, 16)
+    )
 
 
 @BACKENDS
@@ -223,7 +238,7 @@ def test_count_divides_the_sum(device: str, backend: str):
 
 
 @BACKENDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_are_independent_and_write_only_their_own(
     device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, backend: str
 ):
@@ -243,7 +258,7 @@ def test_chunks_are_independent_and_write_only_their_own(
 
 
 @BACKENDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_twice(device: str, dtype: torch.dtype, backend: Any):
     """What is stored is written over by the last backward alone."""
     inputs = make_inputs(device, 9, 16, 40, dtype)
@@ -314,7 +329,7 @@ def peak_bytes(fn: Callable[..., Tensor], dtype: torch.dtype) -> int:
     return memory.peak
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory(dtype: torch.dtype, say: Callable[[str], None]):
     """At most what PyTorch's own chunks take, and a quarter of what logits in memory do."""
     ours = peak_bytes(lambda *args: linear_cross_entropy(*args)[0], dtype)

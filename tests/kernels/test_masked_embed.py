@@ -89,7 +89,7 @@ def assert_all_within_budget(fast, eager, exact) -> None:
         (18, (1, 1), (8, 8), 40),
     ],
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_masked_embed(device: str, dtype: torch.dtype, B: int, grid: Size, patch: Size, D: int):
     inputs = make_inputs(device, B, grid, patch, D)
     scale = 1e-6 * 2**16 if dtype == torch.float16 else 1.0  # a small gradient under a loss scale
@@ -101,7 +101,7 @@ def test_masked_embed(device: str, dtype: torch.dtype, B: int, grid: Size, patch
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0], ids=["none masked", "some", "all"])
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_parameters_of_16_bits(device: str, dtype: torch.dtype, share: float):
     """Their dtype is that of the product, of the tokens and of the gradients; without positions too."""
     inputs = make_inputs(device, share=share)
@@ -177,7 +177,7 @@ def test_only_visible_pixels_are_read(device: str, patch: Size):
         assert read == visible if patch == (32, 32) else read >= visible
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_add_up(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """78 tokens in chunks of 32, 32 and 14. Gradients are small integers, whose sums are exact in any order."""
     inputs = make_inputs(device, B=3, grid=(5, 5))

@@ -103,7 +103,7 @@ def test_images_of_a_saved_dataset_have_their_own_place_in_the_file(tmp_path):
     assert class_names(paths) == NAMES
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()], ids=str)
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 @pytest.mark.parametrize("write", [write_arrow, write_parquet])
 def test_bytes_without_a_path(tmp_path, kind, write):
     table = pa.table({"jpg": pa.array(IMAGES, kind), "label": ["b", None] * 6, "caption": ["x"] * 12})
