@@ -52,7 +52,8 @@ def run(fn: Callable, *inputs: Any, grad_loss: float = 1.0, wanted: Any = (True,
     loss, num_correct = fn(*floats, *inputs[3:], **kwargs)
     leaves = [t for t in floats if t is not None and t.requires_grad]
     grads = iter(torch.autograd.grad(loss, leaves, loss.new_tensor(grad_loss)) if leaves else ())
-    return Result(loss, *(next(grads) if t is not None and t.requires_grad else None for t in floats), num_correct)
+    hidden, weight, bias = (next(grads) if t is not None and t.requires_grad else None for t in floats)
+    return Result(loss, hidden, weight, bias, num_correct)
 
 
 def double(*inputs: Any) -> list[Any]:
