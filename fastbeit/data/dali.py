@@ -116,10 +116,10 @@ class Views:
 
     def begin(self, checked: list[Checked], plans: np.ndarray) -> None:
         """Begin with n images, by their [n] records of PLAN; at most two batches can be begun and not ended."""
-        box = plans["box"].astype(np.int32)
+        crop_box = plans["crop_box"].astype(np.int32)
         self._pipeline.feed_input("encoded", [np.frombuffer(image.encoded, np.uint8) for image in checked])
-        self._pipeline.feed_input("anchor", box[:, :2].copy())
-        self._pipeline.feed_input("shape", box[:, 2:].copy())
+        self._pipeline.feed_input("anchor", crop_box[:, :2].copy())
+        self._pipeline.feed_input("shape", crop_box[:, 2:].copy())
         self._pipeline.feed_input("flip", plans["flip"].astype(np.int32))
         self._pipeline.schedule_run()
         grey = None if self._jitters_crop else np.array([image.mean_grey for image in checked])

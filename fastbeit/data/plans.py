@@ -84,7 +84,7 @@ class Plans:
         """[n] records of PLAN for [n] samples."""
         data, index, view = self.data, self.index, crop_of(epoch, self.data.num_crops)
         plans = np.zeros(len(sample), PLAN)
-        plans["box"] = draw_crops(
+        plans["crop_box"] = draw_crops(
             self.seed, view, sample, index.heights[sample], index.widths[sample], data.crop_scale, data.crop_ratio
         )
         plans["flip"] = draw_flips(self.seed, view, sample, data.flip)

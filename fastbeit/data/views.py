@@ -23,7 +23,7 @@ from fastbeit.config.sections import Size
 from fastbeit.data.decode import LUMA, Decoded
 
 # one sample's augmentation; fields as `sampling.draw_crops`, `draw_flips` and `draw_jitters` give them
-PLAN = np.dtype([("box", np.int64, 4), ("flip", np.bool_), ("order", np.int64, 3), ("factors", np.float64, 3)])
+PLAN = np.dtype([("crop_box", np.int64, 4), ("flip", np.bool_), ("order", np.int64, 3), ("factors", np.float64, 3)])
 BRIGHTNESS, CONTRAST, SATURATION = range(3)  # numbered as in `sampling.JITTER_OPS`
 ENHANCERS = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}  # torch's name: Pillow's
@@ -62,7 +62,7 @@ def pillow_views(image: Image.Image, plan: np.void, rule: Rule) -> list[np.ndarr
     Returns:
         [height, width, 3] uint8 each.
     """
-    top, left, height, width = (int(value) for value in plan["box"])
+    top, left, height, width = (int(value) for value in plan["crop_box"])
     box = left, top, left + width, top + height
     # cropped before the resize, as torchvision does: resize(box=...) would look beyond the box
     image = _enhance(image.crop(box), plan) if rule.jitter_on == "crop" else _enhance(image, plan).crop(box)
@@ -80,36 +80,36 @@ def _enhance(image: Image.Image, plan: np.void) -> Image.Image:
 
 def torch_views(decode_to: Callable[[int], Decoded], plan: np.void, rule: Rule) -> list[np.ndarray]:
     """As `pillow_views`, faster; `decode_to(reduce)` is the whole image, smaller if it can be."""
-    box, flip, jitters = plan["box"].tolist(), bool(plan["flip"]), bool((plan["factors"] != 1).any())
+    crop_box, flip, jitters = plan["crop_box"].tolist(), bool(plan["flip"]), bool((plan["factors"] != 1).any())
     views = []
     for size, name in rule.views():
         # by the larger of both sizes, so that a view is the same whether or not the other one is made
-        image = decode_to(reduction(box, (max(size[0], rule.image_size[0]), max(size[1], rule.image_size[1]))))
+        image = decode_to(reduction(crop_box, (max(size[0], rule.image_size[0]), max(size[1], rule.image_size[1]))))
         by_torch = image.reduce == 1 and name in TORCH_FILTERS
-        view = (_resize_by_torch if by_torch else _resize_by_pillow)(image, box, size, name)
+        view = (_resize_by_torch if by_torch else _resize_by_pillow)(image, crop_box, size, name)
         if jitters:
             view = jitter(view, plan, image.mean_grey if rule.jitter_on == "full_image" else None)
         views.append(np.stack(list(view[:, :, ::-1] if flip else view), axis=2))
     return views
 
 
-def reduction(box: Sequence[int], size: Size) -> int:
+def reduction(crop_box: Sequence[int], size: Size) -> int:
     """How much smaller than it is an image may be decoded for a view of this size of this box: 1, 2, 4 or 8."""
-    spare = min(box[2] / size[0], box[3] / size[1]) / SPARE
+    spare = min(crop_box[2] / size[0], crop_box[3] / size[1]) / SPARE
     return next((reduce for reduce in (8, 4, 2) if spare >= reduce), 1)
 
 
-def _resize_by_torch(image: Decoded, box: Sequence[int], size: Size, name: str) -> np.ndarray:
+def _resize_by_torch(image: Decoded, crop_box: Sequence[int], size: Size, name: str) -> np.ndarray:
     """[3, height, width] uint8: by planes, where jitter takes a third of the time."""
-    top, left, height, width = box
+    top, left, height, width = crop_box
     # a copy, since torch wants memory that may be written
     crop = torch.from_numpy(image.pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)[None]
     return F.interpolate(crop, size, mode=name, antialias=True)[0].numpy()
 
 
-def _resize_by_pillow(image: Decoded, box: Sequence[int], size: Size, name: str) -> np.ndarray:
+def _resize_by_pillow(image: Decoded, crop_box: Sequence[int], size: Size, name: str) -> np.ndarray:
     """As `_resize_by_torch`; torch cannot begin between two pixels, as a box in a smaller picture may."""
-    top, left, height, width = (side / image.reduce for side in box)
+    top, left, height, width = (side / image.reduce for side in crop_box)
     rows = slice(int(top), math.ceil(top + height))
     columns = slice(int(left), math.ceil(left + width))
     crop = Image.fromarray(np.ascontiguousarray(image.pixels[rows, columns]))

@@ -165,7 +165,7 @@ def enlarged(view: np.ndarray) -> np.ndarray:
 def caption(config: Config, index: Index, seen: Seen, row: int) -> tuple[str, str]:
     """Which image it is; how it was cropped, flipped, jittered and masked."""
     i, plan, masked = int(seen.sample[row]), seen.plans[row], seen.masked[row]
-    top, left, height, width = (int(value) for value in plan["box"])
+    top, left, height, width = (int(value) for value in plan["crop_box"])
     factors = ", ".join(f"{JITTER_OPS[op]} {plan['factors'][op]:.2f}" for op in plan["order"])
     jitter = f"{factors} (of the {config.data.jitter_on.replace('_', ' ')})" if config.data.jitter else "no jitter"
     name = index.name(i).removeprefix(f"{index.root}/")
@@ -188,17 +188,17 @@ def _tiles(index: Index, seen: Seen, row: int, layout: Layout) -> list[Image.Ima
     views = [seen.images[row], hide(image, masked.flatten(1), patch_size)[0].numpy()]
     if seen.token_images is not None:
         views.insert(1, seen.token_images[row])
-    original = _original(index, int(seen.sample[row]), seen.plans[row]["box"], layout.tile)
+    original = _original(index, int(seen.sample[row]), seen.plans[row]["crop_box"], layout.tile)
     return [original, *(Image.fromarray(enlarged(view)) for view in views)]
 
 
-def _original(index: Index, i: int, box: np.ndarray, tile: Size) -> Image.Image:
+def _original(index: Index, i: int, crop_box: np.ndarray, tile: Size) -> Image.Image:
     """The whole image, made to fit a tile, with the box drawn."""
     height, width = int(index.heights[i]), int(index.widths[i])
     image = Image.fromarray(decode(index.read_bytes(i), (height, width)))
     scale = min(tile[0] / height, tile[1] / width)
     image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BOX)
-    top, left, box_height, box_width = (float(value) * scale for value in box)
+    top, left, box_height, box_width = (float(value) * scale for value in crop_box)
     corners = left, top, max(left, left + box_width - 1), max(top, top + box_height - 1)
     ImageDraw.Draw(image).rectangle(corners, outline=BOX_COLOUR, width=2)
     return image

@@ -125,7 +125,7 @@ def test_a_view_is_cropped_resized_mirrored_and_augmented(index):
     for batch in training(index, pipeline="pillow", mean=mean, jitter=1.0):
         for view, i, epoch in zip(batch.images.numpy(), batch.sample.tolist(), batch.epoch.tolist(), strict=True):
             plan = plans.augment(np.array([i]), np.array([epoch]))[0]
-            top, left, height, width = plan["box"].tolist()
+            top, left, height, width = plan["crop_box"].tolist()
             with Image.open(index.path(i)) as image:
                 crop = image.crop((left, top, left + width, top + height))
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if plan["flip"] else crop

@@ -153,7 +153,7 @@ def test_jitter_on_the_crop_sees_the_crop_alone(index):
     data = index.read_bytes(0)
     image = decode_reference(data, size)
     plan = np.zeros(1, PLAN)[0]
-    plan["box"], plan["order"], plan["factors"] = (10, 20, 100, 120), (1, 0, 2), (1, 0, 1)
+    plan["crop_box"], plan["order"], plan["factors"] = (10, 20, 100, 120), (1, 0, 2), (1, 0, 1)
     whole, crop = (round(np.asarray(part.convert("L")).mean()) for part in (image, image.crop((20, 10, 140, 110))))
     assert abs(whole - crop) > 5
     for jitter_on, grey in (("full_image", whole), ("crop", crop)):
@@ -215,8 +215,8 @@ def test_a_reduced_picture_shows_the_same_places():
     plan["order"], plan["factors"] = (0, 1, 2), (1, 1, 1)
     rule = Rule((48, 48), (24, 24), "full_image")
     for top, left, height, width in [(0, 0, 427, 640), (3, 5, 301, 333), (101, 7, 323, 329)]:
-        plan["box"] = top, left, height, width
-        assert reduction(plan["box"].tolist(), rule.image_size) == 4
+        plan["crop_box"] = top, left, height, width
+        assert reduction(plan["crop_box"].tolist(), rule.image_size) == 4
         small = torch_views(lambda reduce: decode_reduced(data, (427, 640), reduce), plan, rule)
         whole = torch_views(lambda reduce: Decoded(decode(data, (427, 640)), (427, 640), 1), plan, rule)
         for ours, theirs in zip(small, whole, strict=True):

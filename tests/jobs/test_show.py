@@ -96,7 +96,7 @@ def test_the_box_of_the_crop_stands_in_the_original(parts, tmp_path):
     for row, i in enumerate(batch.sample[:3].tolist()):
         # 80 x 64 pixels are shown 2.8 times as large
         original = tile(sheet, layout, row, 0, np.empty((179, 224)))
-        top, left, height, width = (plans["box"][row] * 2.8).tolist()
+        top, left, height, width = (plans["crop_box"][row] * 2.8).tolist()
         red = (original == show.BOX_COLOUR).all(axis=2)
         rows, columns = np.flatnonzero(red.any(axis=1)), np.flatnonzero(red.any(axis=0))
         found = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
@@ -156,7 +156,7 @@ def test_a_caption_says_what_was_done_to_an_image(parts):
     i, plan = int(seen.sample[1]), seen.plans[1]
     first, second = show.caption(config, index, seen, 1)
     assert first == f"sample {i}, epoch 0: 80 x 64  {i:02}.jpg"
-    top, left, height, width = plan["box"]
+    top, left, height, width = plan["crop_box"]
     names = ("brightness", "contrast", "saturation")
     factors = ", ".join(f"{names[op]} {plan['factors'][op]:.2f}" for op in plan["order"])
     flipped = "flipped" if plan["flip"] else "not flipped"
