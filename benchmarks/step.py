@@ -75,9 +75,8 @@ def draw_inputs(config: Config, device: torch.device, number: int) -> Inputs:
     sample = torch.arange(B, device=device) + number * B
     slots = masking.draw(masking.rule_of(config), torch.zeros_like(sample), sample)
     labels = masking.label(slots, tokens)
-    rates = [config.model.drop_path * i / max(1, config.model.depth - 1) for i in range(config.model.depth)]
-    keep = torch.from_numpy(drop_path_keep(config.seed, number, sample.cpu().numpy(), rates))
-    return images, slots.masked, slots.predict_idx, labels, keep.permute(2, 0, 1).to(device)
+    keep = torch.from_numpy(drop_path_keep(config.seed, number, sample.cpu().numpy(), config.model.drop_rates))
+    return images, slots.masked, slots.predict_idx, labels, keep.to(device)
 
 
 def flops_per_image(config: Config) -> int:

@@ -117,6 +117,11 @@ class ModelConfig(Section):
         default=0.1, description="drop rate of the last block's branches"
     )
 
+    @property
+    def drop_rates(self) -> list[float]:
+        """Drop rate of each block, rising linearly from 0."""
+        return [self.drop_path * i / max(1, self.depth - 1) for i in range(self.depth)]
+
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelConfig":
         if self.width % self.num_heads:

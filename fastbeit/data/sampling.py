@@ -203,13 +203,13 @@ def drop_path_keep(seed: int, step: int, sample, rates) -> np.ndarray:
         rates: [L] drop rate of each block, in [0, 1).
 
     Returns:
-        [L, 2, n] float32, 0 with probability `rate`, else 1 / (1 - rate); attention branch first, then MLP.
+        [n, L, 2] float32, 0 with probability `rate`, else 1 / (1 - rate); attention branch first, then MLP.
     """
     rates = np.asarray(rates, np.float64)
-    draw = np.arange(2 * len(rates))[:, None]
-    words = philox(seed, draw, Purpose.DROP_PATH, step, np.asarray(sample)[None, :])[..., 0]  # [2 L, n]
-    rates = rates[:, None, None]
-    kept = words.reshape(len(rates), 2, -1) * 2.0**-32 >= rates
+    draw = np.arange(2 * len(rates))
+    words = philox(seed, draw, Purpose.DROP_PATH, step, np.asarray(sample)[:, None])[..., 0]  # [n, 2 L]
+    rates = rates[:, None]
+    kept = words.reshape(-1, len(rates), 2) * 2.0**-32 >= rates
     return (kept / (1 - rates)).astype(np.float32)
 
 

@@ -73,9 +73,7 @@ class Pretraining:
         self.epoch_steps = steps_per_epoch(len(index), optim.batch_size, config.data.tail)
         self.num_steps = optim.steps or optim.epochs * self.epoch_steps
         self.num_warmup = min(optim.warmup_steps or optim.warmup_epochs * self.epoch_steps, self.num_steps)
-        depth, rate = config.model.depth, config.model.drop_path
         self.mask_rule = masking.rule_of(config)
-        self.drop_rates = [rate * i / max(1, depth - 1) for i in range(depth)]
         self.val_index = open_index(Path(config.data.val_index)) if config.data.val_index else None
         self.looks: list[Look] = [Look("validation", config.log.val_every, self.look)] if self.val_index else []
 
@@ -104,8 +102,8 @@ class Pretraining:
         epoch, sample = (numbers.to(self.world.device, non_blocking=True) for numbers in (batch.epoch, batch.sample))
         slots = masking.draw(self.mask_rule, epoch, sample)
         labels = masking.label(slots, self.source.visual_tokens(batch))
-        keep = drop_path_keep(self.config.seed, step, batch.sample.numpy(), self.drop_rates)
-        keep = torch.from_numpy(keep).permute(2, 0, 1).to(self.world.device)  # [B, L, 2]
+        keep = drop_path_keep(self.config.seed, step, batch.sample.numpy(), self.config.model.drop_rates)
+        keep = torch.from_numpy(keep).to(self.world.device)
         return (batch.images, slots.masked, slots.predict_idx, labels, keep), (labels != masking.UNUSED).sum()
 
     def read(self, sums: dict[str, Tensor], count: float) -> Reading:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastbeit.config.sections import ModelConfig
 from fastbeit.data.sampling import (
     JITTER_ORDERS,
     WINDOW_BLOCKS,
@@ -224,15 +225,16 @@ def test_jitters():
 
 
 def test_drop_path():
+    assert ModelConfig(depth=3, drop_path=0.2).drop_rates == [0, 0.1, 0.2]
     rates = [0.0, 0.1, 0.5]
     keep = drop_path_keep(0, 7, np.arange(4000), rates)
-    assert keep.shape == (3, 2, 4000) and keep.dtype == np.float32
+    assert keep.shape == (4000, 3, 2) and keep.dtype == np.float32
     for block, rate in enumerate(rates):
-        assert set(np.unique(keep[block])) <= {np.float32(0), np.float32(1 / (1 - rate))}
-        assert np.abs(keep[block].mean(-1) - 1).max() < 0.06
+        assert set(np.unique(keep[:, block])) <= {np.float32(0), np.float32(1 / (1 - rate))}
+        assert np.abs(keep[:, block].mean(0) - 1).max() < 0.06
     # blocks, branches and samples are independent
-    assert np.abs(np.corrcoef(keep[1:].reshape(4, -1)) - np.eye(4)).max() < 0.06
-    assert np.array_equal(drop_path_keep(0, 7, [12, 3], rates), keep[:, :, [12, 3]])
+    assert np.abs(np.corrcoef(keep[:, 1:].reshape(-1, 4).T) - np.eye(4)).max() < 0.06
+    assert np.array_equal(drop_path_keep(0, 7, [12, 3], rates), keep[[12, 3]])
     assert not np.array_equal(drop_path_keep(0, 8, np.arange(4000), rates), keep)
 
 
@@ -255,4 +257,4 @@ def test_draws_are_pinned():
     order, factors = draw_jitters(1, 2, sample, 0.4)
     assert order.tolist() == [[1, 0, 2], [1, 2, 0]]
     assert factors.round(6).tolist() == [[1.333357, 0.924011, 0.67769], [1.364749, 0.919481, 0.98778]]
-    assert (drop_path_keep(1, 2, sample, [0.5, 0.5]) / 2).astype(int).tolist() == [[[0, 0], [1, 0]], [[0, 0], [1, 1]]]
+    assert (drop_path_keep(1, 2, sample, [0.5, 0.5]) / 2).astype(int).tolist() == [[[0, 1], [0, 1]], [[0, 0], [0, 1]]]
