@@ -13,9 +13,7 @@ from torch import nn
 from fastbeit.cli import main
 from fastbeit.errors import CHECKPOINT_UNUSABLE, TokenizerError
 from fastbeit.files import sha256
-from fastbeit.tokenizer import authors_vae as customized
-from fastbeit.tokenizer import codebook, fast, protocol
-from fastbeit.tokenizer import disk as weights
+from fastbeit.tokenizer import authors_vae, codebook, disk, fast, protocol
 from fastbeit.tokenizer.authors_vae import CustomizedVAE
 from fastbeit.tokenizer.codebook import CodebookArchitecture, CodebookTokenizer
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, KINDS, Kind, is_bundled, load_tokenizer, save_tokenizer
@@ -34,16 +32,16 @@ TOKENIZERS = {"dalle": DiscreteVAE, "customized": CustomizedVAE, "codebook": Cod
 def test_a_tokenizer_comes_back_from_disk_as_it_was(tmp_path, kind):
     nets = make_nets(kind)
     save_tokenizer(tmp_path / "one", *nets, origin={"command": "a test"})
-    save_tokenizer(tmp_path / "box" / "small.safetensors", *nets)
+    save_tokenizer(tmp_path / "bundled" / "small.safetensors", *nets)
     card = json.loads((tmp_path / "one/dvae.json").read_text())
     assert card["kind"] == kind and card["origin"] == {"command": "a test"}
-    assert sorted(path.name for path in (tmp_path / "box").iterdir()) == ["small.json", "small.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "bundled").iterdir()) == ["small.json", "small.safetensors"]
 
     loaded = load_tokenizer(tmp_path / "one")
     direct = TOKENIZERS[kind](nets[0], lambda: nets[1], "")
     assert type(loaded) is TOKENIZERS[kind] and loaded.vocab_size == 24
     assert loaded.fingerprint == sha256(tmp_path / "one/dvae.safetensors")
-    assert loaded.fingerprint == load_tokenizer(tmp_path / "box/small.safetensors").fingerprint
+    assert loaded.fingerprint == load_tokenizer(tmp_path / "bundled/small.safetensors").fingerprint
     images = random_images(2, *loaded.view_size((2, 3)))
     ids = direct.encode(images)
     assert loaded.view_size((2, 3)) == (2 * STRIDES[kind], 3 * STRIDES[kind]) and len(ids.unique()) > 1
@@ -52,7 +50,7 @@ def test_a_tokenizer_comes_back_from_disk_as_it_was(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "kind, module", [("customized", customized), ("codebook", codebook)], ids=["customized", "codebook"]
+    "kind, module", [("customized", authors_vae), ("codebook", codebook)], ids=["customized", "codebook"]
 )
 def test_an_image_has_the_same_tokens_in_any_batch(tmp_path, kind, module, monkeypatch):
     save_tokenizer(tmp_path, *make_nets(kind))
@@ -219,14 +217,12 @@ def test_a_damaged_tokenizer_ends_a_run_with_one_line(tmp_path, parts, capsys):
 
 
 def test_a_run_without_a_tokenizer_takes_the_one_in_the_box_and_says_so(tmp_path, parts, capsys, monkeypatch):
-    box = make_tokenizer(tmp_path / "box", seed=0) / "dvae.safetensors"
-    monkeypatch.setattr(weights, "BUNDLED", box.rename(tmp_path / "box/small.safetensors"))
-    (tmp_path / "box/dvae.json").rename(tmp_path / "box/small.json")
+    bundled = make_tokenizer(tmp_path / "bundled", seed=0) / "dvae.safetensors"
+    monkeypatch.setattr(disk, "BUNDLED", bundled.rename(tmp_path / "bundled/small.safetensors"))
+    (tmp_path / "bundled/dvae.json").rename(tmp_path / "bundled/small.json")
     fingerprint = load_tokenizer("").fingerprint
     assert (
-        fingerprint == load_tokenizer(weights.BUNDLED).fingerprint
-        and is_bundled(fingerprint)
-        and not is_bundled("0" * 64)
+        fingerprint == load_tokenizer(disk.BUNDLED).fingerprint and is_bundled(fingerprint) and not is_bundled("0" * 64)
     )
 
     assert pretrain(parts, tmp_path / "run", "") == 0

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.memory import PeakMemory
 from fastbeit.config.tokenizer import Architecture
 from fastbeit.errors import TokenizerError
-from fastbeit.tokenizer import fast
-from fastbeit.tokenizer import frozen as words
+from fastbeit.tokenizer import fast, frozen
 from fastbeit.tokenizer.dvae import Decoder, Encoder, one_hot, to_mapped
 from fastbeit.tokenizer.fast import Conv, CudnnConv, DiscreteVAE, FastEncoder, OneDnnConv, conv_on
 from fastbeit.tokenizer.frozen import Strided, likeliest_words
@@ -264,7 +263,7 @@ def test_dtypes():
 # 1000: 30 rows of 33 words; 20: not even one row, of which less cannot be held
 @pytest.mark.parametrize("scratch, most", [(1000, 30 * 33), (20, 33)])
 def test_likeliest_words_are_those_of_the_whole_product_and_never_hold_it(monkeypatch, scratch, most):
-    monkeypatch.setattr(words, "SCRATCH", scratch)
+    monkeypatch.setattr(frozen, "SCRATCH", scratch)
     features, weight, bias = torch.randn(77, 12), torch.randn(33, 12), torch.randn(33)
 
     class Largest(TorchDispatchMode):
@@ -300,5 +299,5 @@ def test_batches_have_one_size_so_that_an_image_has_the_same_tokens_in_any(monke
         return batch.flatten(1).sum(1, dtype=torch.int64)[:, None]
 
     images = random_images(7, 4, 4)
-    assert torch.equal(words.in_fixed_batches(encode, images, 3), encode(images))
+    assert torch.equal(frozen.in_fixed_batches(encode, images, 3), encode(images))
     assert seen[:-1] == [(3, 4, 4, 3)] * 3

@@ -169,12 +169,12 @@ def test_validation_asks_the_tokenizer(train, parts, tokens):
 
 def test_validation_by_another_tokenizer_is_refused_before_the_run_begins(train, parts, tokens, tmp_path, monkeypatch):
     """With no tokenizer named, validation would ask the bundled one."""
-    box = load_tokenizer(make_tokenizer(tmp_path / "box", seed=1))
-    monkeypatch.setattr("fastbeit.tokenizer.source.load_tokenizer", lambda path, *_: box)
+    bundled = load_tokenizer(make_tokenizer(tmp_path / "bundled", seed=1))
+    monkeypatch.setattr("fastbeit.tokenizer.source.load_tokenizer", lambda path, *_: bundled)
     settings = {"data__tokens": tokens, "tokenizer.path": "", "optim.steps": 1}
     with pytest.raises(RunError, match=r"tokenizer.path \(empty: the bundled one\) is .*data.val_index") as caught:
         train("run", **settings, **{"data.val_index": parts["data.index"]})
-    values = [load_tokenizer(parts["tokenizer.path"]).fingerprint[:16], box.fingerprint[:16]]
+    values = [load_tokenizer(parts["tokenizer.path"]).fingerprint[:16], bundled.fingerprint[:16]]
     assert caught.value.exit_code == 2 and all(value in str(caught.value) for value in values)
     assert not (tmp_path / "run").exists()
     train("run", **settings)
