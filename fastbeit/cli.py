@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastbeit import __version__
-from fastbeit.config.read import _explain_config, _explain_fields, _overrides
+from fastbeit.config.read import explain_config, explain_fields, overrides_of
 from fastbeit.cores import num_cores
 from fastbeit.errors import DONE, USAGE, RunError
 
@@ -65,8 +65,8 @@ def _pretrain(args: list[str]) -> int:
     from fastbeit.config.read import load_config
 
     if not args or {"-h", "--help"} & set(args):
-        return _explain_config([arg for arg in args if arg not in ("-h", "--help")])
-    config = load_config(args[0], _overrides(args[1:]))
+        return explain_config([arg for arg in args if arg not in ("-h", "--help")])
+    config = load_config(args[0], overrides_of(args[1:]))
 
     from fastbeit.jobs.pretrain import pretrain
 
@@ -101,7 +101,7 @@ def _tokenize(args: list[str]) -> int:
     from fastbeit.config.read import load_config
     from fastbeit.jobs.tokenize import tokenize
 
-    config = load_config(options.config, _overrides(options.settings))
+    config = load_config(options.config, overrides_of(options.settings))
     return tokenize(config, command=["fastbeit", "tokenize", *args])
 
 
@@ -197,7 +197,7 @@ def _train_tokenizer(args: list[str]) -> int:
     from fastbeit.jobs.train_tokenizer import train_tokenizer
 
     if "--keys" in args:
-        return _explain_fields("fastbeit tokenizer train", configure(TokenizerTrainConfig, []))
+        return explain_fields("fastbeit tokenizer train", configure(TokenizerTrainConfig, []))
     options = parser.parse_intermixed_args(args[1:])
     config = configure(TokenizerTrainConfig, options.settings)
     return train_tokenizer(config, options.data, options.val, options.output, command=["fastbeit", "tokenizer", *args])
@@ -219,7 +219,7 @@ def _data(args: list[str]) -> int:
     from fastbeit.config.read import load_config
     from fastbeit.jobs.show import show
 
-    config = load_config(options.config, _overrides([*options.settings, *more]))
+    config = load_config(options.config, overrides_of([*options.settings, *more]))
     print(show(config, options.output, options.images))
     return DONE
 

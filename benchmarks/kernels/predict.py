@@ -134,7 +134,9 @@ COLUMNS |= dict(gigabytes=">9.3f", over_minimum=">12.3f", predicted_us=">12.1f",
 
 
 def print_predictions() -> list[dict[str, Any]]:
-    print("predicted, not measured; blocks, warps and bytes in flight: of an SM; the formula: benchmarks/predict.py")
+    print(
+        "predicted, not measured; blocks, warps and bytes in flight: of an SM; formula: benchmarks/kernels/predict.py"
+    )
     for chip in (A100, H100):
         needed = chip.copy * chip.latency / chip.sms
         print(f"{chip.name}: {needed:.0f} bytes in flight reach {chip.copy / 1e12} TB/s; L2 {chip.l2 / 1e12:.1f} TB/s")

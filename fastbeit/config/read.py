@@ -158,16 +158,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _explain_config(args: list[str]) -> int:
+def explain_config(args: list[str]) -> int:
     """Every field with its default, or with the value that CONFIG gives it."""
     print(
         "fastbeit pretrain CONFIG [key=value ...]\n\nThe keys, for example optim.lr=1e-3 data.image_size=[224,224]:\n"
     )
-    default = load_config(args[0], _overrides(args[1:])) if args else configure(Config, [])
-    return _explain_fields("fastbeit pretrain CONFIG", default)
+    default = load_config(args[0], overrides_of(args[1:])) if args else configure(Config, [])
+    return explain_fields("fastbeit pretrain CONFIG", default)
 
 
-def _explain_fields(command: str, default: Any) -> int:
+def explain_fields(command: str, default: Any) -> int:
     import tyro
 
     fields = tyro.conf.FlagConversionOff[type(default)]
@@ -175,7 +175,7 @@ def _explain_fields(command: str, default: Any) -> int:
     return DONE
 
 
-def _overrides(args: list[str]) -> list[str]:
+def overrides_of(args: list[str]) -> list[str]:
     """`key=value` as it is; `--key=value` and `--key value` as the same."""
     found, rest = [], list(args)
     while rest:

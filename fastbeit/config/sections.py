@@ -1,4 +1,4 @@
-"""What a run is made of: one model a room, read from YAML and `key=value`, checked whole before the first file opens.
+"""The sections of a configuration, a pydantic class each; checked whole before the first file opens.
 
 Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the authors' code).
 """
@@ -210,7 +210,7 @@ class LogConfig(Section):
 
 
 class PretrainLogConfig(LogConfig):
-    """What a run says of held-out images, too."""
+    """The same, and how often held-out images are evaluated."""
 
     val_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
     val_crops: Count = Field(default=1, description="crops an image that validation looks at")

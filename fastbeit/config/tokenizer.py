@@ -69,7 +69,7 @@ class CropsConfig(Section):
     )
 
     @property
-    def all(self) -> DataConfig:
+    def as_pretraining(self) -> DataConfig:
         return DataConfig(**self.model_dump(), tail="wrap")
 
 
@@ -153,4 +153,6 @@ class TokenizerTrainConfig(Section):
             raise ValueError(f"objective.temperature wants start >= end; got {list(temperature)}")
         if self.engine.name == "deepspeed":
             raise ValueError("engine.name=deepspeed does not train tokenizers; set engine.name=ddp")
+        if self.engine.compile:
+            raise ValueError("engine.compile=true is for pre-training; leave it out")
         return self

@@ -13,10 +13,11 @@ from torch import Tensor
 from fastbeit.data.batch import Batch
 
 T = TypeVar("T")
+MOVED = "images", "token_images", "labels"  # of a batch
 
 
 def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
-    """The same batches, on CUDA with their views on the device; `sample` and `epoch` stay, they are read on the host.
+    """The same batches, on CUDA with views and labels on the device; `sample` and `epoch` stay: the host reads them.
 
     Two batches are on the device, the one that was given last and the next. Close it, and `batches` is closed.
     """
@@ -39,11 +40,8 @@ class Copier:
 
     def begin(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
         with torch.cuda.stream(self._stream):
-            token_images = None if batch.token_images is None else self._copy(batch.token_images)
-            moved, copied = (
-                replace(batch, images=self._copy(batch.images), token_images=token_images),
-                torch.cuda.Event(),
-            )
+            there = {name: self._copy(one) for name in MOVED if (one := getattr(batch, name)) is not None}
+            moved, copied = replace(batch, **there), torch.cuda.Event()
             copied.record(self._stream)
         return moved, copied
 
@@ -55,7 +53,7 @@ class Copier:
         batch, copied = begun
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(copied)
-        for images in (batch.images, batch.token_images):
+        for images in (getattr(batch, name) for name in MOVED):
             if images is not None:
                 # freed while this stream still reads it, its memory must not go to the next copy
                 images.record_stream(stream)

@@ -1,7 +1,7 @@
 """What an engine is: it runs the model, adds gradients over ranks and updates the weights; `make_engine` chooses one.
 
-The loss that is minimised is the mean over all masked patches of the global batch, whatever the ranks and
-micro-batches: each rank divides its sum by the global count, and gradients are added, not averaged.
+The loss that is minimised is the sum over the global batch divided by its count (of masked patches, in pre-training),
+whatever the ranks and micro-batches: each rank divides its sum by the global count, and gradients are added.
 """
 
 from typing import Protocol
@@ -22,8 +22,8 @@ class Engine(Protocol):
         """Run `model(*inputs)` forward and backward on one micro-batch.
 
         Args:
-            count: what the sum of losses is divided by: labelled slots of the whole step, over ranks and micro-batches;
-                a scalar on the device, at least 1.
+            count: what the sum of losses is divided by, over ranks and micro-batches of the whole step (in pre-training
+                its labelled slots); a scalar on the device, at least 1.
             is_last: the step's last micro-batch, after which gradients travel.
 
         Returns:

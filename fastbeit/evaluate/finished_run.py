@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.read import load_config
+from fastbeit.config.read import load_saved
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.engine.ranks import World
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError
@@ -71,7 +71,7 @@ def open_run(run: Path) -> Trained:
     if not (run / "config.yaml").is_file():
         raise RunError(f"'{run}' is no run directory: it has no config.yaml", USAGE)
     checkpoint = resolve_checkpoint(run)
-    config, state = load_config(run / "config.yaml", []), load_state(checkpoint)
+    config, state = load_saved(Config, run / "config.yaml"), load_state(checkpoint)
     if config.objective == "tokens" and not Path(config.tokenizer.path).exists():
         raise RunError(f"the run's tokenizer '{config.tokenizer.path}' is gone", DATA_MISSING)
     world = World(rank=0, size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))

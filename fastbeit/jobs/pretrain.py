@@ -55,7 +55,7 @@ def pretrain(config: Config, command: list[str]) -> int:
         world.barrier()
         outcome = train(task, config, world, Path(config.out), stop, command)
     world.leave()
-    if world.rank == 0:
+    if world.rank == 0 and outcome.checkpoint:
         print(f"checkpoint: {outcome.checkpoint}")
     return outcome.exit_code
 
@@ -98,7 +98,7 @@ class Pretraining:
         return on_device(loader, self.world.device)
 
     def inputs(self, batch: Batch, step: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The paper, in five lines."""
+        """The paper in a few lines: hide patches, look up their visual tokens, and ask the model for them."""
         epoch, sample = (numbers.to(self.world.device, non_blocking=True) for numbers in (batch.epoch, batch.sample))
         slots = masking.draw(self.mask_rule, epoch, sample)
         labels = masking.label(slots, self.source.visual_tokens(batch))

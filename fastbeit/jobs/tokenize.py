@@ -91,7 +91,7 @@ def _tokenize(config: Config, index: Index, chosen: Chosen, writer: CacheWriter,
         rows=[writer.chunks[chunk] for chunk in mine],
         together=max(1, ENCODED_TOGETHER // recipe.views),
     )
-    bad_samples = BadSamples(folder / BAD_SAMPLES, len(index))
+    bad_samples = BadSamples(folder / BAD_SAMPLES, len(index), writes=world.rank == 0)
     num_written = 0
     with contextlib.closing(loader) as views, Progress(writer, pending, world) as progress:
         if world.rank == 0:

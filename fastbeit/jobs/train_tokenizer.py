@@ -24,7 +24,7 @@ from fastbeit.tokenizer.quality import Quality, WordUsage, measure_quality
 from fastbeit.tokenizer.training.kmeans_start import solve_both_ends
 from fastbeit.tokenizer.training.objective import DvaeTrainer, gumbel_noise
 from fastbeit.train.log import RunLog
-from fastbeit.train.loop import Look, Outcome, Reading, train
+from fastbeit.train.loop import Look, Outcome, Reading, check_batch, train
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop
 
@@ -48,6 +48,7 @@ def train_tokenizer(
         RunError: bad data, or `out` holds something else; the message says what to do.
     """
     world = start_world(config.engine)
+    check_batch(config.optim.adamw, world)
     task = DvaeTraining(config, world, open_index(index_path), open_index(val_index_path) if val_index_path else None)
     with claim(out, config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
@@ -105,7 +106,7 @@ class DvaeTraining:
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         loader = make_loader(
-            self.config.data.all,
+            self.config.data.as_pretraining,
             self.index,
             token_size=None,
             batch_size=self.config.optim.batch_size,
@@ -159,12 +160,12 @@ class DvaeTraining:
 
     def _calm_crops(self, num_steps: int) -> list[Batch]:
         """Without jitter, of held-out images if there are any; other crops than those of training."""
-        calm = self.config.data.all.model_copy(update={"jitter": 0.0})
+        calm = self.config.data.as_pretraining.model_copy(update={"jitter": 0.0})
         return self._crops(self.val_index or self.index, (self.config.seed + 1) % 2**63, num_steps, calm)
 
     def _crops(self, index: Index, seed: int, num_steps: int, data: DataConfig | None = None) -> list[Batch]:
         loader = make_loader(
-            data or self.config.data.all,
+            data or self.config.data.as_pretraining,
             index,
             token_size=None,
             batch_size=self.config.optim.batch_size,

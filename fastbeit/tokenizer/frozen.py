@@ -1,4 +1,4 @@
-"""Which word is the likeliest for each place: the last projection of an encoder and its argmax, in bounded memory."""
+"""What frozen tokenizers share: the likeliest word of each place in bounded memory, fixed batches, checks of input."""
 
 from collections.abc import Callable
 

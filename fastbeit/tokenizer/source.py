@@ -30,7 +30,7 @@ class TokenSource(Protocol):
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the tokenizer, whoever asks it."""
+        """Of the tokenizer that made the tokens, now or for a cache."""
         ...
 
     @property

@@ -26,7 +26,9 @@ class BadSamples:
                 # the line that an interruption cut short; the image will be met again
                 continue
         if writes and text and not text.endswith("\n"):
-            path.write_text(text + "\n")
+            # appended: other ranks are reading
+            with path.open("a") as file:
+                file.write("\n")
 
     def __len__(self) -> int:
         return len(self._seen)

@@ -22,8 +22,9 @@ class RunLog:
         self.first_step, self.num_steps = first_step, num_steps
         self.began = time.perf_counter()
         self.file = self.board = None
+        self._before: list[dict[str, Any]] = []  # what was written by earlier parts of the run
         if out:
-            _forget_after(out / "log.jsonl", first_step)
+            self._before = _forget_after(out / "log.jsonl", first_step)
             self.file = (out / "log.jsonl").open("a", buffering=1)
             self.board = _open_tensorboard(out / "tensorboard", first_step)
         is_watched = out is not None and sys.stderr.isatty()
@@ -49,13 +50,19 @@ class RunLog:
                 if isinstance(value, int | float):
                     self.board.add_scalar(prefix + key, value, record["step"])
 
+    def lacks(self, step: int, event: str) -> bool:
+        """Whether an earlier part of the run left no such line; never on a rank that keeps silent."""
+        return self.file is not None and not any(
+            line["step"] == step and line.get("event") == event for line in self._before
+        )
+
     def picture(self, name: str, pixels: Tensor, step: int) -> None:
         """[height, width, 3] uint8, on TensorBoard."""
         if self.board:
             self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def show(self, step: int, text: str) -> None:
-        """For the eye: beside the bar, or on a line where no terminal looks on."""
+        """Beside the bar, or on a line where no terminal looks on."""
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             left_s = (time.perf_counter() - self.began) / max(step - self.first_step, 1) * (self.num_steps - step)
@@ -71,11 +78,18 @@ class RunLog:
             sys.stderr.flush()
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that an interrupted run took past its last checkpoint: they are taken again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of steps that an interrupted run took past its last checkpoint: they are taken again.
+
+    Returns:
+        The records that stay.
+    """
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    records = [json.loads(line) for line in lines]
+    path.write_text("".join(line for line, one in zip(lines, records, strict=True) if one["step"] <= step))
+    return [one for one in records if one["step"] <= step]
 
 
 def _open_tensorboard(folder: Path, first_step: int):

@@ -38,13 +38,13 @@ class Reading:
     """What the sums of some steps say."""
 
     figures: dict[str, float]  # for the log
-    line: str  # the same as text
+    line: str  # the figures in one line of text
     warning: str | None = None
 
 
 @dataclass(frozen=True)
 class Look:
-    """Something that is looked at now and then: held-out loss, reconstructions."""
+    """An evaluation that runs every so many steps: held-out loss, reconstructions."""
 
     name: str  # of the event in the log
     every: int  # steps; 0: at the end alone
@@ -76,11 +76,11 @@ class Task(Protocol):
     def batches(self, first_step: int) -> Generator[Batch, None, None]: ...
 
     def inputs(self, batch: Batch, step: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Tensors whose dim 0 is the image, and the count that this rank adds to what the loss is divided by."""
+        """Tensors with the image as dim 0, and this rank's share of the number that the summed loss is divided by."""
         ...
 
     def read(self, sums: dict[str, Tensor], count: float) -> Reading:
-        """What sums over all ranks say, of so many predictions."""
+        """What sums over all ranks say; `count` is the sum of what `inputs` gave."""
         ...
 
     def greet(self, log: RunLog, model: nn.Module) -> None: ...
@@ -115,7 +115,9 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     """Train until `task.num_steps`, or go on with a training that was interrupted.
 
     Raises:
-        RunError: no usable checkpoint, no data, too many bad images, a loss that is not finite; on all ranks alike.
+        RunError: no data, too many bad images, a loss that is not finite: on all ranks in the same step. No usable
+            checkpoint, a disk that is full, held-out images that are gone: on the ranks that notice it; a launcher ends
+            the others.
     """
     optim, began = task.optim, time.monotonic()
     check_batch(optim, world)
@@ -152,19 +154,31 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
         _say(log, task, meter, {"step": step, "epoch": step / task.epoch_steps, "lr": lr}, len(bad_samples))
         _stop_if_lost(meter, step, lr, saver.last_checkpoint)
 
+    def next_batch() -> Batch | None:
+        try:
+            return feed.next()
+        except DataError as err:
+            # on all ranks in this step: no step that was taken is lost
+            if step > saver.last_step:
+                save()
+            raise DataError(f"{err}; last checkpoint: {saver.last_checkpoint or 'none'}", err.exit_code) from None
+
     meter = Meter(world, optim.batch_size)
     bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0)
     with (
         contextlib.closing(task.batches(step)) as batches,
         RunLog(out if world.rank == 0 else None, step, task.num_steps) as log,
         _profiler(config, out, world) as profiler,
-        _saved_without_data(lambda: step > saver.last_step and save(), saver),
     ):
         feed = Feed(batches, world, stop, bad_samples, meter)
         for problem in saver.problems:
             log.say(f"checkpoint passed over: {problem}")
         task.greet(log, model)
-        while step < task.num_steps and (batch := feed.next()):
+        for look in task.looks:
+            # a kill between a checkpoint and the look at it has left none
+            if step and _is_seen(look, step, task) and world.sum([log.lacks(step, look.name)])[0]:
+                _see(log, look, average.model or model, step)
+        while step < task.num_steps and (batch := next_batch()):
             # ---- one step -------------------------------------------------------------------------------------------
             tensors, count = task.inputs(batch, step)
             count = world.add(count)
@@ -188,7 +202,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
                 save()
             # once in a while: look
             for look in task.looks:
-                if step == task.num_steps or is_due(step, look.every):
+                if _is_seen(look, step, task):
                     _see(log, look, average.model or model, step)
         if step < task.num_steps:
             if meter.num_steps:
@@ -209,13 +223,11 @@ class Feed:
     def __init__(
         self, batches: Iterator[Batch], world: World, stop: Stop, bad_samples: BadSamples, meter: Meter
     ) -> None:
-        self._batches, self._world, self._stop, self._bad_samples, self._meter = (
-            batches,
-            world,
-            stop,
-            bad_samples,
-            meter,
-        )
+        self._batches = batches
+        self._world = world
+        self._stop = stop
+        self._bad_samples = bad_samples
+        self._meter = meter
         self.save_wanted = False  # by somebody, when the last batch was asked for
 
     def next(self) -> Batch | None:
@@ -247,18 +259,12 @@ class Feed:
             return None, None
 
 
-@contextlib.contextmanager
-def _saved_without_data(save: Callable[[], object], saver: Saver) -> Iterator[None]:
-    """Save before a `DataError` (the disk is gone, too many bad images) leaves the loop."""
-    try:
-        yield
-    except DataError as err:
-        save()
-        raise DataError(f"{err}; last checkpoint: {saver.last_checkpoint or 'none'}", err.exit_code) from None
-
-
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _is_seen(look: Look, step: int, task: Task) -> bool:
+    return step == task.num_steps or is_due(step, look.every)
 
 
 def check_batch(optim: OptimConfig, world: World) -> None:

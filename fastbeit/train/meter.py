@@ -36,7 +36,7 @@ class Meter:
     def end_step(self, count: Tensor, grad_norm: Tensor) -> None:
         """
         Args:
-            count: predictions of the step, over all ranks; a scalar on the device.
+            count: what the loss of the step was divided by; a scalar on the device.
             grad_norm: not finite where the update was skipped.
         """
         self._count += count
@@ -59,10 +59,13 @@ class Meter:
         seconds = time.perf_counter() - self._began
         figures = {
             "grad_norm": self._grad_norm.item(),
+            "step_ms": 1e3 * seconds / self.num_steps,
             "images_per_s": self.num_steps * self.batch_size / seconds,
             "data_wait_share": self._waited_s / seconds,
             "skipped_steps": int(skipped),
             "skipped_in_a_row": self.skipped_in_a_row,
         }
+        if self.world.device.type == "cuda":
+            figures["peak_mib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**20
         self._clear()
         return sums, count, figures

@@ -1,4 +1,4 @@
-"""A run directory and what a run says in it: `config.yaml`, `log.jsonl`, `tensorboard/`."""
+"""The run directory: its `config.yaml`, its lock, and whether it holds this run."""
 
 import contextlib
 import os

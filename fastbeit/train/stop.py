@@ -1,4 +1,4 @@
-"""Signal handlers that only set flags, which the loop reads."""
+"""Signal handlers: they set flags that the loop reads, and end a wait for data."""
 
 import contextlib
 import signal
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class StopWanted(Exception):
-    """Ends a wait; see `Stop.interrupts`."""
+class StopWanted(BaseException):
+    """Ends a wait; see `Stop.interrupts`. No `Exception`: decoders take any of those for a damaged image."""
 
 
 class Stop:
@@ -32,10 +32,11 @@ class Stop:
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
         """Inside this context a stop raises `StopWanted` at once, also in a call that waits."""
-        if self.wanted:
-            raise StopWanted
+        # in this order: a signal between the two must not be missed
         self._is_waited = True
         try:
+            if self.wanted:
+                raise StopWanted
             yield
         finally:
             self._is_waited = False

@@ -290,6 +290,20 @@ def test_a_backend_that_cannot_run_is_said_before_anything_starts(train, tmp_pat
         assert err.value.exit_code == 2 and not (tmp_path / "run").exists()
 
 
+def test_a_look_that_a_kill_took_is_made_up_for(train, parts, tmp_path):
+    """A checkpoint is saved before it is looked at; what was not looked at then is, when the run goes on."""
+    settings = {"optim__steps": 4, "log__save_every": 2, "log__val_every": 2, "data__val_index": parts["data.index"]}
+    train(**settings)
+    log = tmp_path / "run/log.jsonl"
+    whole = log.read_text().splitlines(keepends=True)
+    looks = [line for line in whole if "validation" in line]
+    assert [json.loads(line)["step"] for line in looks] == [2, 4]
+    log.write_text("".join(line for line in whole if line != looks[1]))
+    for _ in range(2):
+        train(**settings)
+        assert [line for line in log.read_text().splitlines(keepends=True) if "validation" in line] == looks
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="interprets a kernel")
 def test_each_op_has_its_own_kernel_or_the_one_of_all(train, capfd):
     train(kernels__masks="triton", optim__steps=1, optim__batch_size=2)

@@ -15,6 +15,7 @@ from fastbeit.config.tokenizer import Architecture, TokenizerTrainConfig
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
+from fastbeit.engine.ranks import World
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, DataError, RunError
 from fastbeit.jobs.train_tokenizer import step_generator, train_tokenizer
 from fastbeit.tokenizer.disk import load_tokenizer
@@ -359,9 +360,19 @@ def test_another_training_in_the_same_place_is_refused(photos, tmp_path):
         ({"objective__temperature": [0.1, 1.0]}, "start >= end"),
         ({"data__crop_scale": [1.0, 0.2]}, "crop_scale wants a range"),
         ({"model__n_hid": 10}, "multiple of 4"),
+        ({"engine__compile": True}, "engine.compile=true is for pre-training"),
+        ({"engine__name": "deepspeed"}, "engine.name=deepspeed does not train tokenizers"),
+        ({"optim__steps": 0}, "greater than or equal to 1"),
     ],
-    ids=str,
 )
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         config(**changes)
+
+
+def test_a_batch_that_does_not_divide_leaves_no_trace(photos, tmp_path, monkeypatch):
+    """Else the corrected command would find another run."""
+    monkeypatch.setattr("fastbeit.jobs.train_tokenizer.start_world", lambda _: World(0, 3, torch.device("cpu")))
+    with pytest.raises(RunError, match="8 is not a multiple of 3 ranks x 1 micro-batches; try 9"):
+        train_tokenizer(config(optim__batch_size=8), photos, None, tmp_path / "dvae", COMMAND)
+    assert not (tmp_path / "dvae").exists()

@@ -6,12 +6,14 @@ import threading
 import pytest
 import torch
 
+from fastbeit.data.decode import decode_reference
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DataError
 from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.loop import Feed, micro_batches
 from fastbeit.train.meter import Meter
 from fastbeit.train.stop import Stop
+from helpers.photos import encoded, small_photo
 from helpers.waiting import PATIENCE_S
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -32,6 +34,24 @@ def test_a_stop_ends_the_wait_for_a_disk_that_does_not_answer(tmp_path, number):
     with Stop() as stop:
         assert feed_of(batches(), stop, tmp_path).next() is None
         assert stop.wanted
+
+
+def test_a_stop_while_an_image_is_decoded_is_no_damaged_image(tmp_path, monkeypatch):
+    """Decoders take any error for damage; a stop must not mark the image that was being decoded."""
+
+    def decode(image):
+        signal.raise_signal(signal.SIGTERM)
+        return image
+
+    monkeypatch.setattr("fastbeit.data.decode.ImageOps.exif_transpose", decode)
+
+    def batches():
+        yield decode_reference(encoded(small_photo(), "PNG"), (96, 128))
+
+    with Stop() as stop:
+        feed = feed_of(batches(), stop, tmp_path)
+        assert feed.next() is None and stop.wanted
+    assert not (tmp_path / "bad_samples.jsonl").exists()
 
 
 def test_a_stop_that_came_before_asks_for_no_batch(tmp_path):
