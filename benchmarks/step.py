@@ -74,7 +74,7 @@ def draw_inputs(config: Config, device: torch.device, number: int) -> Inputs:
     tokens = torch.randint(VOCAB_SIZE, (B, config.num_patches), generator=gen, device=device)
     sample = torch.arange(B, device=device) + number * B
     slots = masking.draw(masking.rule_of(config), torch.zeros_like(sample), sample)
-    labels = masking.label(slots, tokens)
+    labels = masking.label(slots, tokens.gather(1, slots.predict_idx))
     keep = torch.from_numpy(drop_path_keep(config.seed, number, sample.cpu().numpy(), config.model.drop_rates))
     return images, slots.masked, slots.predict_idx, labels, keep.to(device)
 

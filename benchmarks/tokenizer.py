@@ -162,24 +162,28 @@ def step(args: argparse.Namespace, device: torch.device) -> list[Row]:
     images, views = random_images(batch, config.data.image_size, device), random_images(batch, VIEW, device)
     sample = torch.arange(batch)
 
-    def train(tokens: Tensor) -> None:
+    def train(tokens: Callable[[Tensor], Tensor]) -> None:
         ids = sample.to(device)
         slots = masking.draw(masking.rule_of(config), torch.zeros_like(ids), ids)
-        labels = masking.label(slots, tokens)
+        labels = masking.label(slots, tokens(slots.predict_idx))
         inputs = images, slots.masked, slots.predict_idx, labels, None
         engine.accumulate(inputs, (labels != masking.UNUSED).sum(), is_last=True)
         engine.step()
 
     @torch.no_grad()
-    def on_the_fly() -> Tensor:
-        return encoder(to_mapped(views))
+    def on_the_fly(places: Tensor) -> Tensor:
+        return encoder(to_mapped(views), places)
 
     with tempfile.TemporaryDirectory() as folder:
         cache = open_random_cache(Path(folder))
+
+        def cached() -> Tensor:
+            return cache.read(torch.randint(CACHED_IMAGES, (batch,)), sample * 0)
+
         seconds = in_turn(
             {
-                "on the fly": lambda: train(on_the_fly()),
-                "cached": lambda: train(cache.read(torch.randint(CACHED_IMAGES, (batch,)), sample * 0).to(device)),
+                "on the fly": lambda: train(on_the_fly),
+                "cached": lambda: train(lambda places: cached().to(device).gather(1, places)),
             },
             device,
             args.rounds,

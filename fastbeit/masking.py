@@ -62,14 +62,13 @@ def draw(rule: MaskRule, epoch: Tensor, sample: Tensor) -> Slots:
     return slots_of(masks, rule.grid[0] * rule.grid[1], rule.predict)
 
 
-def label(slots: Slots, visual_tokens: Tensor | None) -> Tensor:
+def label(slots: Slots, tokens: Tensor | None) -> Tensor:
     """What is to be predicted in each slot, [B, M] int64: its visual token, or UNUSED.
 
     Args:
-        visual_tokens: [B, N] int64; None when pixels are regressed: the label of a used slot is then 0.
+        tokens: [B, M] int64 of the slots; None when pixels are regressed: the label of a used slot is then 0.
     """
-    idx = slots.predict_idx
-    labels = torch.zeros_like(idx) if visual_tokens is None else visual_tokens.gather(1, idx)
+    labels = torch.zeros_like(slots.predict_idx) if tokens is None else tokens
     return labels.masked_fill(~slots.used, UNUSED)
 
 

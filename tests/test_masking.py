@@ -160,7 +160,7 @@ def test_no_mask():
     assert masks.masked_idx.shape == (3, 0) and masks.num_masked.tolist() == [0, 0, 0]
     slots, tokens = slots_of(masks, 196, "all"), torch.arange(3 * 196).view(3, 196)
     assert not slots.masked.any()
-    assert torch.equal(label(slots, tokens), tokens)
+    assert torch.equal(label(slots, tokens.gather(1, slots.predict_idx)), tokens)
 
 
 @pytest.mark.parametrize("kind", ["blockwise", "random"])
@@ -177,7 +177,7 @@ def test_a_mask_belongs_to_its_sample(kind):
 def test_nothing_fits():
     """The smallest block fills the window: every image stays whole, and the generator ends."""
     masks = draw_masks("blockwise", settings(num_masked=16), (4, 4), 0, *samples(64))
-    labels = label(slots_of(masks, 16, "masked"), torch.zeros(64, 16, dtype=torch.int64))
+    labels = label(slots_of(masks, 16, "masked"), torch.zeros(64, masks.masked_idx.shape[1], dtype=torch.int64))
     assert masks.masked_idx.shape == (64, 16)
     assert torch.equal((labels != UNUSED).sum(1), masks.num_masked)
     nowhere = draw_masks("blockwise", settings(num_masked=1), (1, 1), 0, *samples(4))
@@ -199,9 +199,11 @@ def test_prediction():
     some = slots_of(masks, 6, "masked")
     assert some.masked.int().tolist() == [[0, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 1]]
     assert some.predict_idx.tolist() == [[1, 4, 0], [0, 2, 5]]
-    assert label(some, tokens).tolist() == [[11, 14, UNUSED], [20, 22, 25]]
+    assert label(some, tokens.gather(1, some.predict_idx)).tolist() == [[11, 14, UNUSED], [20, 22, 25]]
     every = slots_of(masks, 6, "all")
-    assert torch.equal(every.masked, some.masked) and torch.equal(label(every, tokens), tokens)
+    assert torch.equal(every.masked, some.masked) and torch.equal(
+        label(every, tokens.gather(1, every.predict_idx)), tokens
+    )
     assert every.predict_idx.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     assert label(some, None).tolist() == [[0, 0, UNUSED], [0, 0, 0]]
 

@@ -79,7 +79,7 @@ def evaluate(
         samples = batch.epoch.to(world.device), batch.sample.to(world.device)
         slots = masking.draw(rule, *samples)
         tokens = visual_tokens(tokenizer, batch, world.device)
-        labels = masking.label(slots, tokens)
+        labels = masking.label(slots, None if tokens is None else tokens.gather(1, slots.predict_idx))
         loss_sum, num_correct = model(batch.images.to(world.device), slots.masked, slots.predict_idx, labels)
         sums += torch.stack([loss_sum.double(), num_correct.double()])
         num_predicted += int((labels != masking.UNUSED).sum())

@@ -101,7 +101,7 @@ class Pretraining:
         """The paper in a few lines: hide patches, look up their visual tokens, and ask the model for them."""
         epoch, sample = (numbers.to(self.world.device, non_blocking=True) for numbers in (batch.epoch, batch.sample))
         slots = masking.draw(self.mask_rule, epoch, sample)
-        labels = masking.label(slots, self.source.visual_tokens(batch))
+        labels = masking.label(slots, self.source.tokens(batch, slots))
         keep = drop_path_keep(self.config.seed, step, batch.sample.numpy(), self.config.model.drop_rates)
         keep = torch.from_numpy(keep).to(self.world.device)
         return (batch.images, slots.masked, slots.predict_idx, labels, keep), (labels != masking.UNUSED).sum()

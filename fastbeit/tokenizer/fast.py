@@ -164,20 +164,28 @@ class FastEncoder:
         # a CPU has no product of half precision that gives float32; the values are rounded all the same
         self.head = kind(head.float(), bias) if self.device.type == "cpu" else kind(head, bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, places: Tensor | None = None) -> Tensor:
         """
+        Args:
+            places: int64 [B, M] of 0 to N - 1: tokens are wanted there alone, [B, M]; None: everywhere.
+
         Raises:
             TokenizerError: activations overflow. On a GPU the first batch alone is looked at: a look waits for it.
         """
         # no autotuning, which may choose anew in each process, and no TF32: it rounds fp32 to the 11 bits of fp16
         exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee")
         with exact:
-            return torch.cat([self._tokens(part) for part in x.split(self.together)])
+            if places is None:
+                return torch.cat([self._tokens(part, None) for part in x.split(self.together)])
+            parts = zip(x.split(self.together), places.split(self.together), strict=True)
+            return torch.cat([self._tokens(part, of_part) for part, of_part in parts])
 
-    def _tokens(self, x: Tensor) -> Tensor:
+    def _tokens(self, x: Tensor, places: Tensor | None) -> Tensor:
         missing = self.together - len(x)
         features = self.features(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else x)
         self._check_finite(features)
+        if places is not None:
+            features = _taken(features, F.pad(places, (0, 0, 0, missing)))
         return self.head.likeliest(features).flatten(1)[: len(x)]
 
     def features(self, x: Tensor) -> Tensor:
@@ -199,6 +207,13 @@ class FastEncoder:
                 f"{torch.finfo(self.dtype).max:.3g}; set tokenizer.precision to bf16 or fp32"
                 + ("; its weights are damaged or not trained" if self.dtype == torch.float32 else "")
             )
+
+
+def _taken(features: Tensor, places: Tensor) -> Tensor:
+    """Of [B, C, h, w] the columns at places [B, M]: [B, C, 1, M], channels last."""
+    rows = features.permute(0, 2, 3, 1).flatten(1, 2)  # [B, N, C], a view
+    rows = rows.gather(1, places[:, :, None].expand(-1, -1, rows.shape[2]))
+    return rows[:, None].permute(0, 3, 1, 2)
 
 
 class DiscreteVAE(Strided):
@@ -232,6 +247,10 @@ class DiscreteVAE(Strided):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         return self._encode(to_mapped(self.checked_images(images)))
+
+    @torch.no_grad()
+    def encode_at(self, images: Tensor, places: Tensor) -> Tensor:
+        return self._encode(to_mapped(self.checked_images(images)), places.to(self.device))
 
     @torch.no_grad()
     def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

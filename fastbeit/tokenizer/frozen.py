@@ -59,6 +59,12 @@ class Strided:
     def view_size(self, grid: tuple[int, int]) -> tuple[int, int]:
         return grid[0] * self.stride, grid[1] * self.stride
 
+    def encode(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def encode_at(self, images: Tensor, places: Tensor) -> Tensor:
+        return self.encode(images).gather(1, places.to(self.device))
+
     def checked_images(self, images: Tensor) -> Tensor:
         """Images that `encode` was given, on the tokenizer's device."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:

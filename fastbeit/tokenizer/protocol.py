@@ -64,6 +64,14 @@ class Tokenizer(Protocol):
         """uint8 [B, h, w, 3], RGB, to int64 [B, N], row by row."""
         ...
 
+    def encode_at(self, images: Tensor, places: Tensor) -> Tensor:
+        """The tokens of some places alone, int64 [B, M] for places [B, M] of 0 to N - 1: what `encode` gives there.
+
+        Pre-training asks for masked patches alone. An encoder that chooses words by a large product saves most of it;
+        where two words are alike to the last bits, the other order of sums may choose the other one.
+        """
+        ...
+
     def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """int64 [B, N] to uint8 [B, h, w, 3]; without `grid` the tokens form a square.
 

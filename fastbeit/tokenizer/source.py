@@ -14,6 +14,7 @@ from fastbeit.data.index.reader import Index
 from fastbeit.data.loader import make_token_loader
 from fastbeit.data.sampling import crop_of
 from fastbeit.errors import USAGE, RunError
+from fastbeit.masking import Slots
 from fastbeit.tokenizer.cache.reader import TokenCache, check_cache, open_cache
 from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.precision import DTYPES, Chosen, choose_tokenizer, encoding_dtype
@@ -38,8 +39,8 @@ class TokenSource(Protocol):
         """Height and width of the token view that batches must have; None: they need none."""
         ...
 
-    def visual_tokens(self, batch: Batch) -> Tensor | None:
-        """[B, N] int64 on the device: what is to be predicted of a batch."""
+    def tokens(self, batch: Batch, slots: Slots) -> Tensor | None:
+        """[B, M] int64 on the device: the visual tokens of a batch in the slots that are predicted."""
         ...
 
     @property
@@ -89,7 +90,7 @@ def _some_views(config: Config, index: Index, token_size: Size) -> Tensor:
 class NoTokens:
     vocab_size = fingerprint = token_size = agreement = None
 
-    def visual_tokens(self, batch: Batch) -> None:
+    def tokens(self, batch: Batch, slots: Slots) -> None:
         return None
 
     def tokenizer(self) -> None:
@@ -108,8 +109,10 @@ class EncodedTokens:
         self.vocab_size, self.fingerprint = self._tokenizer.vocab_size, self._tokenizer.fingerprint
         self.token_size = self._tokenizer.view_size(config.grid)
 
-    def visual_tokens(self, batch: Batch) -> Tensor | None:
-        return visual_tokens(self._tokenizer, batch, self._device)
+    def tokens(self, batch: Batch, slots: Slots) -> Tensor:
+        assert batch.token_images is not None
+        images = batch.token_images.to(self._device, non_blocking=True)
+        return self._tokenizer.encode_at(images, slots.predict_idx)
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
@@ -133,9 +136,9 @@ class CachedTokens:
             self._check(chosen.tokenizer)
             self._dtype = DTYPES[chosen.precision]
 
-    def visual_tokens(self, batch: Batch) -> Tensor:
+    def tokens(self, batch: Batch, slots: Slots) -> Tensor:
         tokens = self._cache.read(batch.sample, crop_of(batch.epoch, self._config.data.num_crops))
-        return tokens.to(self._device, non_blocking=True)
+        return tokens.to(self._device, non_blocking=True).gather(1, slots.predict_idx)
 
     def tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self._config.tokenizer.path, self._device, self._dtype)

@@ -62,7 +62,7 @@ def inputs(image_size=(224, 224), grid=(14, 14), num_masked=75, num_words=8192, 
     config = MaskingConfig.model_validate({"num_masked": num_masked or 1, "min_block": min(num_masked, 16) or 1})
     rule = MaskRule(kind, config, grid, 10, predict)
     slots = draw(rule, torch.zeros(batch, dtype=torch.int64), torch.arange(batch))
-    return images, Prediction(slots.masked, slots.predict_idx, label(slots, tokens))
+    return images, Prediction(slots.masked, slots.predict_idx, label(slots, tokens.gather(1, slots.predict_idx)))
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
