@@ -79,6 +79,9 @@ def encode(args: argparse.Namespace, device: torch.device) -> list[Row]:
     expected = official(x).argmax(1).flatten(1)
     same = {who: (one(to_mapped(images)) == expected).double().mean().item() for who, one in ours.items()}
     work: Work = {who: lambda one=one: one(to_mapped(images)) for who, one in ours.items()}
+    rule, sample = masking.rule_of(Config()), torch.arange(args.batch, device=device)
+    places = masking.draw(rule, torch.zeros_like(sample), sample).predict_idx
+    work[f"ours, {kinds[0]}, masked slots"] = lambda: ours[f"ours, {kinds[0]}"](to_mapped(images), places)
     seconds = in_turn({"dall-e": lambda: official(x).argmax(1), **work}, device, args.rounds)
     return [
         dict(who=who, img_per_s=args.batch / s, times=seconds["dall-e"] / s, same_tokens=same.get(who, 1.0))

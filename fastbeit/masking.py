@@ -58,7 +58,7 @@ def rule_of(config: Config) -> MaskRule:
 
 def draw(rule: MaskRule, epoch: Tensor, sample: Tensor) -> Slots:
     """The slots of some samples, [B] int64, on their device: a function of (seed, epoch, sample)."""
-    masks = draw_masks(rule.kind, rule.masking, rule.grid, rule.seed, epoch, sample, rule.backend)
+    masks = draw_masks(rule, epoch, sample)
     return slots_of(masks, rule.grid[0] * rule.grid[1], rule.predict)
 
 
@@ -104,27 +104,21 @@ def _draw_block(rng, mask: np.ndarray, budget: int, min_block: int, log_aspect: 
     return None
 
 
-def draw_masks(
-    kind: Literal["blockwise", "random", "none"],
-    masking: MaskingConfig,
-    grid: tuple[int, int],
-    seed: int,
-    epoch: Tensor,
-    sample: Tensor,
-    backend: Backend = "auto",
-) -> Masks:
+def draw_masks(rule: MaskRule, epoch: Tensor, sample: Tensor) -> Masks:
     """The masks of some samples, on their device: a function of (seed, epoch, sample), not of the batch they stand in.
 
+    `rule.kind` is blockwise: at most `num_masked` patches in blocks; random: exactly so many; none: no slots at all.
+
     Args:
-        kind: blockwise: at most `masking.num_masked` patches in blocks; random: exactly so many; none: no slots at all.
         epoch, sample: [B] int64.
     """
-    if kind == "none":
+    masking, place = rule.masking, (rule.seed, epoch, sample, rule.grid)
+    if rule.kind == "none":
         return Masks(sample.new_empty(len(sample), 0), torch.zeros_like(sample))
-    if kind == "random":
-        return Masks(*random_masks(seed, epoch, sample, grid, masking.num_masked, backend))
-    rule = masking.num_masked, masking.min_block, masking.min_aspect
-    return Masks(*block_masks(seed, epoch, sample, grid, *rule, backend))
+    if rule.kind == "random":
+        return Masks(*random_masks(*place, masking.num_masked, rule.backend))
+    blocks = masking.num_masked, masking.min_block, masking.min_aspect
+    return Masks(*block_masks(*place, *blocks, rule.backend))
 
 
 def slots_of(masks: Masks, num_patches: int, predict: Literal["masked", "all"]) -> Slots:

@@ -94,7 +94,7 @@ def test_fast_masks_are_blockwise_masks(grid, config):
     epoch, sample = torch.arange(100) % 2 * 3, torch.arange(100, 200)
     if config is OFFICIAL:  # masks that would be others in float32, found by trying 2.5 million
         epoch[:6], sample[:6] = 0, torch.tensor([93_779, 201_681, 230_350, 457_003, 567_385, 635_504])
-    masks = as_bool(draw_masks("blockwise", config, grid, seed, epoch, sample), num_patches)
+    masks = as_bool(draw_masks(MaskRule("blockwise", config, grid, seed), epoch, sample), num_patches)
     rule = config.num_masked, config.min_block, config.min_aspect
     streams = [CountedStream(seed, *key) for key in zip(epoch.tolist(), sample.tolist(), strict=True)]
     one_by_one = [blockwise_mask(stream, grid, *rule) for stream in streams]
@@ -103,7 +103,7 @@ def test_fast_masks_are_blockwise_masks(grid, config):
 
 def test_statistics_are_the_authors():
     """100,000 masks of four epochs; bands of four standard errors or more around as many of the authors' generator."""
-    parts = [draw_masks("blockwise", OFFICIAL, GRID, 0, *samples(25_000, epoch=epoch)) for epoch in range(4)]
+    parts = [draw_masks(MaskRule("blockwise", OFFICIAL, GRID, 0), *samples(25_000, epoch=epoch)) for epoch in range(4)]
     masks = Masks(torch.cat([m.masked_idx for m in parts]), torch.cat([m.num_masked for m in parts]))
     counts = masks.num_masked.double()
     assert counts.mean() == pytest.approx(74.469, abs=0.05)
@@ -131,7 +131,7 @@ def test_number_of_blocks(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["blockwise", "random"])
 def test_slots(kind):
-    masks = draw_masks(kind, OFFICIAL, GRID, 5, *samples(300, epoch=2))
+    masks = draw_masks(MaskRule(kind, OFFICIAL, GRID, 5), *samples(300, epoch=2))
     assert masks.masked_idx.shape == (300, 75) and masks.masked_idx.dtype == masks.num_masked.dtype == torch.int64
     for slots, num_masked in zip(masks.masked_idx.tolist(), masks.num_masked.tolist(), strict=True):
         assert len(set(slots)) == 75 and 0 <= min(slots) and max(slots) < 196
@@ -140,7 +140,7 @@ def test_slots(kind):
 
 
 def test_random_masks():
-    masks = draw_masks("random", OFFICIAL, GRID, 0, *samples(20_000))
+    masks = draw_masks(MaskRule("random", OFFICIAL, GRID, 0), *samples(20_000))
     assert (masks.num_masked == 75).all()
     share = as_bool(masks, 196).mean(0)
     assert np.abs(share - 75 / 196).max() < 0.016  # 4.5 standard errors for the worst of 196 patches
@@ -149,14 +149,14 @@ def test_random_masks():
 @pytest.mark.parametrize("grid, num_masked", [(GRID, 75), ((3, 3), 4), ((1, 1), 1)])
 def test_random_masks_are_the_smallest_numbers(grid, num_masked):
     seed, (epoch, sample) = 2**40 + 7, samples(50, first=2**31, epoch=3)
-    masks = draw_masks("random", settings(num_masked=num_masked), grid, seed, epoch, sample)
+    masks = draw_masks(MaskRule("random", settings(num_masked=num_masked), grid, seed), epoch, sample)
     keys = uniform(seed, Purpose.MASK, epoch, sample, grid[0] * grid[1])
     smallest = np.sort(np.argsort(keys, axis=1)[:, :num_masked], axis=1)
     np.testing.assert_array_equal(masks.masked_idx, smallest)
 
 
 def test_no_mask():
-    masks = draw_masks("none", OFFICIAL, GRID, 0, *samples(3))
+    masks = draw_masks(MaskRule("none", OFFICIAL, GRID, 0), *samples(3))
     assert masks.masked_idx.shape == (3, 0) and masks.num_masked.tolist() == [0, 0, 0]
     slots, tokens = slots_of(masks, 196, "all"), torch.arange(3 * 196).view(3, 196)
     assert not slots.masked.any()
@@ -167,27 +167,29 @@ def test_no_mask():
 def test_a_mask_belongs_to_its_sample(kind):
     """Alone, in another batch or in another order: the same; with another seed, epoch or number: another."""
     epoch, sample = torch.tensor([0, 1, 1, 4]), torch.tensor([7, 7, 8, 8])
-    together = draw_masks(kind, OFFICIAL, GRID, 9, epoch, sample)
-    alone = [draw_masks(kind, OFFICIAL, GRID, 9, epoch[i : i + 1], sample[i : i + 1]).masked_idx for i in range(4)]
+    together = draw_masks(MaskRule(kind, OFFICIAL, GRID, 9), epoch, sample)
+    alone = [
+        draw_masks(MaskRule(kind, OFFICIAL, GRID, 9), epoch[i : i + 1], sample[i : i + 1]).masked_idx for i in range(4)
+    ]
     assert torch.equal(together.masked_idx, torch.cat(alone))
-    reseeded = draw_masks(kind, OFFICIAL, GRID, 9 + 2**32, epoch[:1], sample[:1]).masked_idx
+    reseeded = draw_masks(MaskRule(kind, OFFICIAL, GRID, 9 + 2**32), epoch[:1], sample[:1]).masked_idx
     assert len({tuple(slots) for slots in [*together.masked_idx.tolist(), *reseeded.tolist()]}) == 5
 
 
 def test_nothing_fits():
     """The smallest block fills the window: every image stays whole, and the generator ends."""
-    masks = draw_masks("blockwise", settings(num_masked=16), (4, 4), 0, *samples(64))
+    masks = draw_masks(MaskRule("blockwise", settings(num_masked=16), (4, 4), 0), *samples(64))
     labels = label(slots_of(masks, 16, "masked"), torch.zeros(64, masks.masked_idx.shape[1], dtype=torch.int64))
     assert masks.masked_idx.shape == (64, 16)
     assert torch.equal((labels != UNUSED).sum(1), masks.num_masked)
-    nowhere = draw_masks("blockwise", settings(num_masked=1), (1, 1), 0, *samples(4))
+    nowhere = draw_masks(MaskRule("blockwise", settings(num_masked=1), (1, 1), 0), *samples(4))
     assert nowhere.num_masked.tolist() == [0] * 4
-    assert draw_masks("blockwise", OFFICIAL, GRID, 0, *samples(0)).masked_idx.shape == (0, 75)
+    assert draw_masks(MaskRule("blockwise", OFFICIAL, GRID, 0), *samples(0)).masked_idx.shape == (0, 75)
 
 
 def test_target_below_the_smallest_block():
     """The rate of empty masks with 4 patches and blocks of 16, as in the authors' code; no mask has more than 4."""
-    counts = draw_masks("blockwise", settings(num_masked=4), GRID, 0, *samples(5000)).num_masked
+    counts = draw_masks(MaskRule("blockwise", settings(num_masked=4), GRID, 0), *samples(5000)).num_masked
     assert counts.max() == 4
     assert (counts == 0).double().mean() == pytest.approx(0.37, abs=0.03)
 
@@ -213,4 +215,4 @@ def test_the_rule_of_a_run_draws_its_masks():
     rule = rule_of(config)
     assert rule == MaskRule("blockwise", OFFICIAL, GRID, 0, "masked", "auto")
     slots = draw(rule, *samples(3))
-    assert torch.equal(slots.predict_idx, draw_masks("blockwise", OFFICIAL, GRID, 0, *samples(3)).masked_idx)
+    assert torch.equal(slots.predict_idx, draw_masks(MaskRule("blockwise", OFFICIAL, GRID, 0), *samples(3)).masked_idx)

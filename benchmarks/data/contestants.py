@@ -27,7 +27,7 @@ from fastbeit.data.batch import Batch
 from fastbeit.data.decode import decode, decode_reference
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
-from fastbeit.masking import Masks, draw_masks
+from fastbeit.masking import MaskRule, Masks, draw_masks
 
 SEED = 0
 ENDLESS = 10**9  # steps
@@ -73,7 +73,7 @@ def open_loader(
 
 
 def masks_of(sample: Tensor, epoch: Tensor) -> Masks:
-    return draw_masks("blockwise", MaskingConfig(), official.GRID, SEED, epoch, sample)
+    return draw_masks(MaskRule("blockwise", MaskingConfig(), official.GRID, SEED), epoch, sample)
 
 
 def ours(pipeline: str, num_workers: int, task: Task) -> Batches:

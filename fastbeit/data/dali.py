@@ -58,9 +58,9 @@ def dali_token_views(
     plans: Plans, rule: Rule, items: Iterable[range], together: int
 ) -> Generator[TokenViews, None, None]:
     """Token views as `make_token_loader` gives them; images lie on the GPU when there is one."""
-    num_views, ((token_size, _),) = plans.data.num_crops, rule.views()
+    num_crops, ((token_size, _),) = plans.data.num_crops, rule.views()
     with _threads(plans) as threads:
-        views = Views(plans, rule, together * num_views)
+        views = Views(plans, rule, together * num_crops)
         loads = ((rows, read_rows(plans, rows, _check, threads.map)) for rows in items)
 
         def begun() -> Iterator[tuple[range, Bad, list[int]]]:
@@ -69,13 +69,13 @@ def dali_token_views(
                 bad = [each for one in attempts for each in one.bad]
                 checked: dict[int, Checked] = {one.place: one.made for one in attempts if not one.bad}
                 if checked:
-                    repeated = [image for image in checked.values() for _ in range(num_views)]
-                    views.begin(repeated, plans.augment_views(rows)[list(checked)].reshape(-1))
+                    repeated = [image for image in checked.values() for _ in range(num_crops)]
+                    views.begin(repeated, plans.augment_crops(rows)[list(checked)].reshape(-1))
                 yield rows, bad, list(checked)
 
         for rows, bad, good in one_ahead(begun()):
-            made = views.end()[0].unflatten(0, (len(good), num_views)) if good else None
-            images = torch.zeros(len(rows), num_views, *token_size, 3, dtype=torch.uint8)
+            made = views.end()[0].unflatten(0, (len(good), num_crops)) if good else None
+            images = torch.zeros(len(rows), num_crops, *token_size, 3, dtype=torch.uint8)
             if made is not None:
                 images = images.to(made.device)
                 images[good] = made

@@ -91,8 +91,8 @@ class Plans:
         plans["order"], plans["factors"] = draw_jitters(self.seed, view, sample, data.jitter)
         return plans
 
-    def augment_views(self, rows: range) -> np.ndarray:
-        """[n, K] records of PLAN: all views of n images, K = data.num_crops; epochs e with e mod K = v draw view v."""
-        num_views = self.data.num_crops
-        views = np.tile(np.arange(num_views), len(rows))
-        return self.augment(np.repeat(rows, num_views), views).reshape(len(rows), num_views)
+    def augment_crops(self, rows: range) -> np.ndarray:
+        """[n, K] records of PLAN: all crops of n images, K = data.num_crops; epochs e with e mod K = k draw crop k."""
+        num_crops = self.data.num_crops
+        crops = np.tile(np.arange(num_crops), len(rows))
+        return self.augment(np.repeat(rows, num_crops), crops).reshape(len(rows), num_crops)

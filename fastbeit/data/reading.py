@@ -74,7 +74,7 @@ def read_rows(
     plans: Plans, rows: range, make: Callable[[bytes, Size, np.ndarray], Any], map: Map = map
 ) -> Iterator[Attempt]:
     """What `make` makes of each of some rows of the index, given all K of its plans."""
-    augmented = plans.augment_views(rows)
+    augmented = plans.augment_crops(rows)
 
     def attempt(place: int) -> Attempt:
         i = rows[place]

@@ -14,7 +14,7 @@ from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import Plans
 from fastbeit.jobs import show
-from fastbeit.masking import draw_masks
+from fastbeit.masking import MaskRule, draw_masks
 from helpers import caches, tiny
 
 
@@ -74,7 +74,7 @@ def test_a_sheet_shows_the_first_images_of_the_first_batch(parts, tmp_path):
     assert layout.num_columns == 4 and sheet.shape[1] == layout.width
     (batch,) = training_batches(config, 1)
     assert batch.token_images is not None
-    masks = draw_masks("blockwise", config.masking, config.grid, 3, batch.epoch, batch.sample)
+    masks = draw_masks(MaskRule("blockwise", config.masking, config.grid, 3), batch.epoch, batch.sample)
     for row in range(3):
         patch_view, token_view = batch.images[row].numpy(), batch.token_images[row].numpy()
         assert np.array_equal(tile(sheet, layout, row, 1, squares(patch_view, 7)), squares(patch_view, 7))

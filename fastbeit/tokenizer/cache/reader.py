@@ -270,14 +270,14 @@ def check_cache(cache: TokenCache, config: Config, index: Index) -> None:
     Raises:
         RunError: it holds others (exit code 2), with each value that differs.
     """
-    wanted, num_views = wanted_of(config, index), cache.recipe.views
+    wanted, num_crops = wanted_of(config, index), cache.recipe.views
     if not config.data.num_crops:
         raise RunError(
-            f"data.tokens '{cache.folder}' holds tokens of {num_views} crops of each image, and data.num_crops=0 draws "
-            f"new ones; set data.num_crops={num_views}, or leave data.tokens empty",
+            f"data.tokens '{cache.folder}' holds tokens of {num_crops} crops of each image, and data.num_crops=0 draws "
+            f"new ones; set data.num_crops={num_crops}, or leave data.tokens empty",
             USAGE,
         )
-    wanted["views"] = max(num_views, config.data.num_crops)
+    wanted["views"] = max(num_crops, config.data.num_crops)
     found = cache.recipe.model_dump()
     changes = differences({name: found[name] for name in wanted}, wanted)
     if changes:

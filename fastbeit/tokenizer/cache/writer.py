@@ -34,8 +34,8 @@ CHUNK_CROPS = 2048  # made together: some minutes of one CPU core at the most, a
 SYNCED = os.O_DSYNC if sys.platform != "win32" else 0
 
 
-def chunk_rows(num_views: int) -> int:
-    return max(1, CHUNK_CROPS // num_views)
+def chunk_rows(num_crops: int) -> int:
+    return max(1, CHUNK_CROPS // num_crops)
 
 
 class CacheWriter:
