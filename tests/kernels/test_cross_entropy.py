@@ -18,6 +18,8 @@ LOGITS = {
     "flat": lambda x, word: 0.1 * x,  # the first steps of a run
     "peaked": lambda x, word: 2 * x + 12 * word,  # a softmax that knows
     "equal": lambda x, word: 0 * x + 3,
+    "certain": lambda x, word: x + 60 * word,  # a probability of 1: what is left of it must not be lost
+    "negative": lambda x, word: 2 * x - 40,  # no logit is above 0, where a maximum might begin
     "huge": lambda x, word: 1e4 * x.sign() - word,  # exp(1e4) is inf: only differences may be taken
 }
 
@@ -99,7 +101,7 @@ WEIGHTS = [dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.
 
 
 @pytest.mark.parametrize("R, V", [(4, 8192), (7, 1000), (3, 20_000)])
-@pytest.mark.parametrize("kind", ["peaked", "huge"])
+@pytest.mark.parametrize("kind", ["peaked", "negative", "huge"])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_smoothing_and_z_loss(device: str, dtype: torch.dtype, weights: dict[str, float], kind: str, R: int, V: int):
