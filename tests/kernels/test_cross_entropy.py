@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastbeit_kernels import backend as backend_module
 from fastbeit_kernels.backend import INTERPRETED
 from fastbeit_kernels.cross_entropy import cross_entropy, cross_entropy_reference, launch_forward
-from helpers.launchers import GuardZones, NoSync, between_nans, shuffle_programs
+from helpers.launchers import GuardZones, NoSync, Zeros, between_nans, shuffle_programs
 from helpers.numerics import assert_within_budget
 from helpers.waiting import finished
 
@@ -277,6 +277,15 @@ def test_without_a_gradient_none_is_written(device: str):
     for wanted, size in ((False, 0), (True, logits.numel())):
         residual = torch.ops.fastbeit.cross_entropy_fwd(logits, labels, count, 0.0, 0.0, wanted)[2]
         assert residual.numel() == size
+
+
+def test_nobody_fills_zeros_in_the_backward(device: str):
+    """The residual is an output that nothing depends on: autograd would make a [R, V] of zeros its gradient."""
+    logits, labels = make_inputs(device, 6, 1000, torch.float32)
+    loss, _ = cross_entropy(logits.requires_grad_(), labels, backend="triton")
+    with Zeros() as zeros:
+        loss.backward()
+    assert max(zeros.sizes, default=0) < logits.numel()
 
 
 def test_backward_twice(device: str):

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.memory import PeakMemory
 from fastbeit_kernels.backend import INTERPRETED
 from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from helpers.launchers import GuardZones, NoSync, between_nans, shuffle_programs
+from helpers.launchers import GuardZones, NoSync, Zeros, between_nans, shuffle_programs
 from helpers.numerics import assert_within_budget
 
 
@@ -174,6 +174,16 @@ def test_each_subset_of_gradients(device: str, with_bias: bool, backend: str):
         assert some.loss.requires_grad == (any(wanted[:2]) or with_bias and wanted[2])
     exact = run(linear_cross_entropy_reference, *double(*inputs))
     assert_all_within_budget(everything, run(linear_cross_entropy_reference, *inputs), exact)
+
+
+@BACKENDS
+def test_nobody_fills_zeros_in_the_backward(device: str, backend: Any):
+    """What is stored are outputs that nothing depends on: autograd would make zeros of their sizes the gradients."""
+    hidden, weight, bias, labels = make_inputs(device, 9, 16, 40, torch.float32)
+    loss, _ = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), bias, labels, backend=backend)
+    with Zeros() as zeros:
+        loss.backward()
+    assert max(zeros.sizes, default=0) < min(hidden.numel(), weight.numel())
 
 
 def test_what_is_not_wanted_is_not_stored(device: str):
