@@ -1,5 +1,6 @@
 """What frozen tokenizers share: the likeliest word of each place in bounded memory, fixed batches, checks of input."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -40,7 +41,7 @@ def in_fixed_batches(encode: Callable[[Tensor], Tensor], images: Tensor, size: i
     return torch.cat([encode(batch) for batch in batches])[: len(images)]
 
 
-class Strided:
+class Strided(ABC):
     """The part of a `Tokenizer` that is alike in all that have one word for each square of `stride` pixels."""
 
     vocab_size: int
@@ -59,8 +60,9 @@ class Strided:
     def view_size(self, grid: tuple[int, int]) -> tuple[int, int]:
         return grid[0] * self.stride, grid[1] * self.stride
 
+    @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        """As `Tokenizer.encode`."""
 
     def encode_at(self, images: Tensor, places: Tensor) -> Tensor:
         return self.encode(images).gather(1, places.to(self.device))

