@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# bytes of shared memory that a block may have. CUDA C programming guide, technical specifications by compute
-# capability; AMD CDNA 3 ISA, local data share
+# bytes of shared memory that a block may have: of data-centre cards, and of consumer cards (86, 89, 120), which have
+# less. CUDA C programming guide, technical specifications by compute capability; AMD CDNA 3 ISA, local data share
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 99 * 1024)
 TARGETS = tuple(SHARED_LIMIT)
 # the matrix instructions of each generation: HMMA serves a warp, HGMMA four, UTCHMMA and its kin a whole program
-MMA = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"\bv_mfma"}
+MMA = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), r"\bHMMA")
+MMA |= {"sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"\bv_mfma"}
+# a number that has more digits than the register that it is put into, as PTX writes it
+TOO_LONG = r"mov\.[ub]16 [^;]*0x\w{5,};|mov\.[ub]32 [^;]*0x\w{9,};"
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,11 @@ class Case:
 
 
 class Compiled(NamedTuple):
-    """What one thread uses and executes; `shared` is bytes of a block, `wide` 128 bits or more."""
+    """What one thread uses and executes; `shared` is bytes of a block, `wide` 128 bits or more.
+
+    `misfilled` counts registers that a masked load fills with a number too long for them: Triton repeats a negative
+    `other` of 8 or 16 bits with its sign, and all but the first of the values in a register are wrong.
+    """
 
     registers: int
     stack: int
@@ -69,6 +77,7 @@ class Compiled(NamedTuple):
     wide_stores: int
     narrow_stores: int
     mma: int
+    misfilled: int
 
 
 def compiled_for(case: Case, target: str) -> Compiled:
@@ -97,9 +106,8 @@ def _for_nvidia(case: Case, target: str) -> Compiled:
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", sass)[0]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     wide = _accesses(sass, "LDG", "STG", r"\.(128|256)\b")  # LDGSTS too, straight into shared memory
-    return Compiled(
-        int(registers), int(stack), spills, kernel.metadata.shared, *wide, mma=len(re.findall(MMA[target], sass))
-    )
+    mma, misfilled = len(re.findall(MMA[target], sass)), len(re.findall(TOO_LONG, kernel.asm["ptx"]))
+    return Compiled(int(registers), int(stack), spills, kernel.metadata.shared, *wide, mma, misfilled)
 
 
 def _for_amd(case: Case, target: str) -> Compiled:
@@ -120,4 +128,4 @@ def _for_amd(case: Case, target: str) -> Compiled:
     registers, stack, *spills = (int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0]) for name in fields)
     wide = _accesses(silent.asm["amdgcn"], "(?:global|buffer|flat)_load", "(?:global|buffer|flat)_store", "dwordx4")
     mma = len(re.findall(MMA[target], assembly))
-    return Compiled(registers, stack, sum(spills), shipped.metadata.shared, *wide, mma=mma)
+    return Compiled(registers, stack, sum(spills), shipped.metadata.shared, *wide, mma, misfilled=0)  # it has no PTX

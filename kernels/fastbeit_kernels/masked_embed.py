@@ -70,8 +70,10 @@ def _pixels(image_ptr, patch, visible, offs_k, K: tl.constexpr, RUN: tl.constexp
     start = patch // ACROSS * (ACROSS * K) + patch % ACROSS * RUN
     offs = offs_k // RUN * (ACROSS * RUN) + offs_k % RUN
     mask = visible[:, None] & (offs_k < K)[None, :]
-    pixels = tl.load(image_ptr + (start[:, None] + offs[None, :]), mask=mask, other=128)
-    return (pixels ^ 128).to(tl.int8, bitcast=True)  # the byte with its top bit flipped, read as signed
+    pixels = tl.load(image_ptr + (start[:, None] + offs[None, :]), mask=mask, other=0)
+    # the byte with its top bit flipped, read as signed. `other=128` would do without the choice, but is negative as an
+    # int8, and Triton (3.6, 3.7) repeats a negative filler with its sign: three bytes of four would be wrong
+    return tl.where(mask, (pixels ^ 128).to(tl.int8, bitcast=True), 0)
 
 
 @triton.jit
