@@ -42,6 +42,7 @@ class Case:
     narrow_loads: int = 0
     narrow_stores: int = 0
     multiplies: bool = False  # in the units for matrices, hence in 16 bits
+    targets: tuple[str, ...] = TARGETS  # on which it is launched like this
 
     @property
     def name(self) -> tuple[str, str, str]:

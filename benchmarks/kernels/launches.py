@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.kernels.compiled import Case
+from benchmarks.kernels.compiled import SHARED_LIMIT, TARGETS, Case
 
 
 def cross_entropy_cases() -> Iterator[Case]:
@@ -69,7 +69,40 @@ def block_masks_cases() -> Iterator[Case]:
             yield Case(kernel, variant, "i64", types, common | shape, bm.launch_options(block), **expected)
 
 
+def relative_attention_cases() -> Iterator[Case]:
+    import torch
+
+    from fastbeit_kernels import relative_attention as ra
+
+    types = dict.fromkeys(("lse_ptr", "delta_ptr", "sums_ptr"), "*fp32") | dict(scale="fp32", scale_bits="fp32")
+    heads, statistics = dict(H=12, K=64), dict(stores_bulk=False, narrow_stores=1)
+
+    def make(kernel: Any, variant: str, dtype: str, constants: dict, tiles: dict, **expected: Any):
+        blocks = {name: size for name, size in tiles.items() if name.isupper()}
+        options = {name: number for name, number in tiles.items() if name not in blocks}
+        return Case(kernel, variant, dtype, types, heads | constants | blocks, options, **expected)
+
+    nvidia = tuple(target for target in TARGETS if target.startswith("sm_"))
+    for dtype, kind in dict(bf16=torch.bfloat16, fp32=torch.float32).items():
+        forward, keys, past = ra.forward_tiles(kind), ra.key_tiles(kind), dict(S_PAD=208, PAST=ra.LOWEST[kind])
+        yield make(ra._relative_attention_bwd_delta_kernel, "grad", dtype, {}, ra.DELTA_TILES, **statistics)
+        # narrow: statistics of rows, the bias where a tile's rows are short, on gfx942 what comes out of its products
+        for targets, stores in ((nvidia, dict(narrow_stores=1)), (("gfx942",), dict(narrow_stores=11))):
+            common: dict[str, Any] = stores | dict(multiplies=dtype != "fp32", narrow_loads=30, targets=targets)
+            common |= dict(stores_bulk=targets == nvidia or dtype == "fp32")
+            variant = targets[0] if len(targets) == 1 else "nvidia"
+            yield make(ra._relative_attention_fwd_kernel, variant, dtype, past, forward, **common)
+            yield make(ra._relative_attention_bwd_keys_kernel, variant, dtype, past, keys, **common)
+        for shared in sorted({*SHARED_LIMIT.values()}):
+            # as launched with so little shared memory, and on each chip that has so much
+            targets = tuple(target for target in TARGETS if SHARED_LIMIT[target] == shared)
+            tiles, block = ra.query_tiles(kind, shared), dict(S_PAD=208, IS_FIRST=True, BLOCK_J=256)
+            common = dict(multiplies=dtype != "fp32", narrow_loads=8, narrow_stores=8, targets=targets)
+            yield make(ra._relative_attention_bwd_queries_kernel, f"{shared >> 10}KiB", dtype, block, tiles, **common)
+
+
 def cases() -> Iterator[Case]:
     yield from masked_embed_cases()
+    yield from relative_attention_cases()
     yield from cross_entropy_cases()
     yield from block_masks_cases()
