@@ -174,12 +174,14 @@ class EngineConfig(Section):
 
 
 Backend = Literal["auto", "triton", "reference"]
+AttentionBackend = Literal["auto", "triton", "xformers", "sdpa", "eager"]
 
 
 @dataclass(frozen=True)
 class Kernels:
     """Which implementation runs each fused operator."""
 
+    attention: AttentionBackend = "auto"
     masked_embed: Backend = "auto"
     loss: Backend = "auto"
     masks: Backend = "auto"
@@ -191,6 +193,12 @@ class KernelsConfig(Section):
     backend: Backend = Field(
         default="auto", description="of all: triton: its kernels; reference: plain PyTorch; auto: triton on cuda"
     )
+    attention: AttentionBackend | None = Field(
+        default=None,
+        description="of attention: triton: ours; xformers: its memory_efficient_attention; sdpa: PyTorch's fused "
+        "attention; eager: by its definition; auto: triton on cuda where there is a relative-position bias, else sdpa; "
+        "null: backend, of which reference is sdpa",
+    )
     masked_embed: Backend | None = Field(default=None, description="of the masked embedding; null: backend")
     loss: Backend | None = Field(default=None, description="of the head with its cross-entropy; null: backend")
     masks: Backend | None = Field(default=None, description="of drawing masks; null: backend")
@@ -198,7 +206,8 @@ class KernelsConfig(Section):
     @property
     def by_op(self) -> Kernels:
         every = self.backend
-        return Kernels(self.masked_embed or every, self.loss or every, self.masks or every)
+        attention = self.attention or ("sdpa" if every == "reference" else every)
+        return Kernels(attention, self.masked_embed or every, self.loss or every, self.masks or every)
 
 
 class LogConfig(Section):

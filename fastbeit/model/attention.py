@@ -1,11 +1,17 @@
 """Self-attention with relative-position bias (section 2.2; the authors' code); letters as in vit.py."""
 
+from contextlib import nullcontext
+from importlib.util import find_spec
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbeit.config.sections import Size
+from fastbeit.config.sections import AttentionBackend, Size
+from fastbeit_kernels.backend import HAS_TRITON
+from fastbeit_kernels.relative_attention import refusal, relative_attention, relative_attention_reference
 
 # rows of the bias start at a multiple of 16 values, as fused attention wants them (197 -> 208)
 BIAS_ALIGNMENT = 16
@@ -94,6 +100,95 @@ class RelativePositionBias(nn.Module):
         return expand_bias_table(self)
 
 
+def attention_choice(
+    backend: AttentionBackend, device: torch.device, num_tokens: int, head_width: int, has_bias: bool
+) -> tuple[AttentionBackend, str]:
+    """Which attention `backend` stands for, and why."""
+    if backend != "auto":
+        return backend, "as set"
+    if not has_bias:
+        return "sdpa", "there is no bias, which PyTorch's own is fastest for"
+    if device.type != "cuda":
+        return "sdpa", f"on {device.type}"
+    if not HAS_TRITON:
+        return "sdpa", "triton is not installed"
+    if refused := refusal(num_tokens, head_width):
+        return "sdpa", f"triton wants {refused}"
+    return "triton", "on cuda"
+
+
+def attend(qkv: Tensor, bias: Tensor | None, backend: AttentionBackend) -> Tensor:
+    """softmax(scale * q k^T + bias) v, of all heads.
+
+    Args:
+        qkv: [B, S, 3, H, K].
+        bias: [H, S, S_pad] float32, or None.
+
+    Returns:
+        [B, S, D].
+    """
+    backend, _ = attention_choice(backend, qkv.device, qkv.shape[1], qkv.shape[4], bias is not None)
+    if backend == "triton":
+        return relative_attention(qkv, _no_bias(qkv) if bias is None else bias, backend="triton")
+    if backend == "eager":
+        return relative_attention_reference(qkv, _no_bias(qkv) if bias is None else bias)
+    return (_by_xformers if backend == "xformers" else _by_sdpa)(qkv, bias)
+
+
+def _no_bias(qkv: Tensor) -> Tensor:
+    _, S, _, H, _ = qkv.shape
+    return torch.zeros((), device=qkv.device).expand(H, S, S)
+
+
+def _mask(qkv: Tensor, bias: Tensor | None) -> Tensor | None:
+    """[B, H, S, S] of qkv's dtype.
+
+    Of another dtype PyTorch's result is silently wrong (https://github.com/pytorch/pytorch/issues/191612). Cast before
+    the slice, so that rows stay aligned; for B images, as the fused backward wants its gradient.
+    """
+    return None if bias is None else bias.to(qkv.dtype)[..., : qkv.shape[1]].expand(len(qkv), -1, -1, -1)
+
+
+def _by_sdpa(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's own. With a bias on CUDA it is held to one backend, the only fused one that has the bias's gradient.
+
+    Left alone it takes cuDNN's in evaluation: then training and evaluation differ, and cuDNN gives NaN for a mask and
+    S % 128 == 64 (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, S, K]
+    held = bias is not None and qkv.device.type == "cuda"
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if held else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(qkv, bias)).transpose(1, 2).flatten(2)
+
+
+def _by_xformers(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = qkv.unbind(2)  # each [B, S, H, K]
+    return memory_efficient_attention(q, k, v, attn_bias=_mask(qkv, bias)).flatten(2)
+
+
+def check_attention(
+    backend: AttentionBackend,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_tokens: int,
+    num_heads: int,
+    head_width: int,
+) -> str | None:
+    """Why `backend` does not run at these shapes; None: it does. Found out by running it, forward and backward."""
+    if backend == "xformers" and find_spec("xformers") is None:
+        return "xformers is not installed; pip install xformers, of the release that goes with your PyTorch"
+    qkv = torch.zeros(1, num_tokens, 3, num_heads, head_width, device=device, dtype=dtype, requires_grad=True)
+    padding = -num_tokens % BIAS_ALIGNMENT
+    bias = torch.zeros(num_heads, num_tokens, num_tokens + padding, device=device, requires_grad=True)
+    try:
+        attend(qkv, bias, backend).sum().backward()
+    except Exception as err:  # whatever it is, it is said and the run does not begin
+        return f"{type(err).__name__}: {err}"
+    return None
+
+
 class QKV(nn.Module):
     """Queries, keys and values in one matrix product; rows of the weight: q, k, v, in each the heads."""
 
@@ -108,13 +203,15 @@ class QKV(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention. Keys have no bias: the softmax would cancel it."""
 
-    def __init__(self, width: int, num_heads: int, table_grid: Size | None) -> None:
+    def __init__(self, width: int, num_heads: int, table_grid: Size | None, backend: AttentionBackend) -> None:
         """
         Args:
             table_grid: patches down and across for a bias table of this block's own; None: no such table.
+            backend: who computes it.
         """
         super().__init__()
         self.num_heads = num_heads
+        self.backend: AttentionBackend = backend
         self.has_table = table_grid is not None
         self.qkv = QKV(width)
         self.q_bias = nn.Parameter(torch.zeros(width))
@@ -134,13 +231,6 @@ class Attention(nn.Module):
             [B, M or S, D].
         """
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = (
-            self.qkv(x, qkv_bias).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each [B, H, S, K]
-        if self.has_table:
-            bias = expand_bias_table(self)
-        if bias is not None:
-            # cast before the slice, so that rows stay aligned; to B images, as the fused backward wants its gradient
-            bias = bias.to(q.dtype)[..., : x.shape[1]].expand(len(x), -1, -1, -1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        qkv = self.qkv(x, qkv_bias).unflatten(2, (3, self.num_heads, -1))  # [B, S, 3, H, K]
+        out = attend(qkv, expand_bias_table(self) if self.has_table else bias, self.backend)
         return self.proj(out if slots is None else take(out, slots))

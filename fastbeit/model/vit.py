@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbeit.config.sections import Backend, Kernels, ModelConfig, Size
+from fastbeit.config.sections import AttentionBackend, Backend, Kernels, ModelConfig, Size
 from fastbeit.model.attention import Attention, RelativePositionBias, take
 from fastbeit_kernels.masked_embed import masked_embed, patchify
 
@@ -112,10 +112,10 @@ def residual_scale(x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, model: ModelConfig, table_grid: Size | None) -> None:
+    def __init__(self, model: ModelConfig, table_grid: Size | None, attention: AttentionBackend) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(model.width, eps=NORM_EPS)
-        self.attn = Attention(model.width, model.num_heads, table_grid)
+        self.attn = Attention(model.width, model.num_heads, table_grid, attention)
         self.norm2 = nn.LayerNorm(model.width, eps=NORM_EPS)
         self.mlp = Mlp(model.width, model.mlp_width)
         scale = torch.full((model.width,), model.layer_scale)
@@ -163,7 +163,7 @@ class VisionTransformer(nn.Module):
         shared = model.relative_position == "shared"
         self.rel_pos_bias = RelativePositionBias(grid, model.num_heads) if shared else None
         table_grid = grid if model.relative_position == "per_block" else None
-        self.blocks = nn.ModuleList([Block(model, table_grid) for _ in range(model.depth)])
+        self.blocks = nn.ModuleList([Block(model, table_grid, kernels.attention) for _ in range(model.depth)])
 
     def embed(self, images: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
         """[B, S, D] tokens: cls, then the patches, `mask_token` [D] in place of the masked ones (section 2.3)."""

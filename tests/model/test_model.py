@@ -1,6 +1,7 @@
 """The model: the authors' names and numbers, Hugging Face's outputs and gradients, and what each decision keeps."""
 
 import math
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastbeit.config.sections import Kernels, MaskingConfig, ModelConfig
 from fastbeit.masking import UNUSED, MaskRule, draw, label
-from fastbeit.model.attention import Attention, GatherBias, RelativePositionBias, inverse_index, relative_position_index
 from fastbeit.model.beit import Beit
 from helpers.huggingface import build_huggingface, to_huggingface
+from helpers.weights import randomise
 
 # the real window, patch and vocabulary; narrow, so that a step takes a moment
 SMALL: dict[str, Any] = {"width": 64, "depth": 3, "num_heads": 4, "mlp_width": 128, "drop_path": 0.0}
@@ -23,7 +24,9 @@ ABSOLUTE: dict[str, Any] = {"relative_position": "none", "absolute_position": Tr
 VARIANTS = {"shared": {}, "per_block": {"relative_position": "per_block"}, "absolute": ABSOLUTE}
 
 
-def build(image_size=(224, 224), num_outputs=8192, objective: Any = "tokens", **fields: Any) -> Any:
+def build(
+    image_size=(224, 224), num_outputs=8192, objective: Any = "tokens", kernels: Kernels | None = None, **fields: Any
+) -> Any:
     """A `Beit`; Any, for the types of a module's parts are not known to pyright."""
     return Beit(
         ModelConfig(**fields),
@@ -31,7 +34,7 @@ def build(image_size=(224, 224), num_outputs=8192, objective: Any = "tokens", **
         num_outputs=num_outputs,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
-        kernels=Kernels(),
+        kernels=kernels or Kernels(),
         objective=objective,
     )
 
@@ -42,16 +45,6 @@ class Prediction(NamedTuple):
     masked: Tensor
     predict_idx: Tensor
     labels: Tensor
-
-
-@torch.no_grad()
-def randomise(model: torch.nn.Module) -> None:
-    """Away from the start, where zeros and ones hide errors: weights that keep the variance, peaked attention."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 or "token" in name or "table" in name or "pos_embed" in name:
-            parameter.normal_(std=0.5)
-        else:
-            parameter.normal_(std=1.5 / math.sqrt(parameter[0].numel()))
 
 
 def inputs(image_size=(224, 224), grid=(14, 14), num_masked=75, num_words=8192, batch=2) -> tuple[Tensor, Prediction]:
@@ -127,61 +120,17 @@ def test_base_flops():
     assert counter.get_total_flops() / 1e9 == pytest.approx(104.1, abs=0.05)
 
 
-def test_relative_position_index():
-    """Numbers of the authors' buffer."""
-    index = relative_position_index((14, 14))
-    assert index.shape == (197, 197) and index.dtype == torch.int64
-    pairs = [(1, 1), (1, 2), (1, 15), (2, 1), (196, 1), (1, 196), (100, 50)]
-    assert [int(index[pair]) for pair in pairs] == [364, 363, 337, 365, 728, 0, 466]
-    assert index.sum() == 14_270_119 and index.trace() == 72_075
-    assert (index[1:, 1:] + index[1:, 1:].T == 728).all()
-    assert (index[0, 1:] == 729).all() and (index[1:, 0] == 730).all() and index[0, 0] == 731
-    assert len(index.unique()) == 732
-
-
-def test_relative_position_index_of_a_rectangle():
-    height, width = 3, 5
-    index = relative_position_index((height, width))
-    assert (index[0, 1:] == 45).all() and (index[1:, 0] == 46).all() and index[0, 0] == 47
-    for query in range(height * width):
-        for key in range(height * width):
-            (y, x), (v, u) = divmod(query, width), divmod(key, width)
-            assert index[query + 1, key + 1] == (y - v + height - 1) * (2 * width - 1) + (x - u + width - 1)
-
-
-# 197 tokens; a rectangle; 16 tokens, whose rows need no padding
-@pytest.mark.parametrize("grid", [(14, 14), (2, 3), (3, 5)])
-def test_bias_and_its_gradient(grid):
-    """float64 against indexing and its own gradient; the sums of both run over the same numbers."""
-    torch.manual_seed(0)
-    index = relative_position_index(grid)
-    table = torch.randn(int(index.max()) + 1, 3, dtype=torch.float64, requires_grad=True)
-    bias = GatherBias.apply(table, index, inverse_index(index))
-    expected = table[index].permute(2, 0, 1)
-    assert torch.equal(bias, expected)
-    weight = torch.randn_like(expected)
-    (grad,) = torch.autograd.grad((bias * weight).sum(), table)
-    (expected_grad,) = torch.autograd.grad((expected * weight).sum(), table)
-    torch.testing.assert_close(grad, expected_grad, atol=1e-12, rtol=0)
-
-
-def test_bias_rows_are_aligned_and_finite():
-    module = RelativePositionBias((14, 14), 12)
-    randomise(module)
-    bias = module()
-    assert bias.shape == (12, 197, 208) and bias.dtype == torch.float32
-    assert not bias[..., 197:].any()
-
-
-@pytest.mark.parametrize("num_masked", [0, 75])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equal_to_huggingface(variant, num_masked):
+@pytest.mark.parametrize(
+    "variant, num_masked, attention",
+    [*product(VARIANTS, (0, 75), ("sdpa", "eager")), ("shared", 75, "triton")],
+)
+def test_equal_to_huggingface(variant: str, num_masked: int, attention: Any):
     """Logits, loss and every gradient in fp32: only the order of sums differs.
 
     Gradients also by norm, for many are far below 1: a product of 64 to 8192 terms keeps 5 of float32's 7 digits.
     """
     torch.manual_seed(0)
-    model = build(**SMALL, **VARIANTS[variant])
+    model = build(**SMALL, **VARIANTS[variant], kernels=Kernels(attention=attention))
     randomise(model)
     oracle = build_huggingface(ModelConfig(**SMALL, **VARIANTS[variant]), 224, 8192)
     weights = to_huggingface(model.state_dict())
@@ -272,27 +221,6 @@ def test_masked_pixels_have_no_influence():
     logits = model.logits(images, prediction.masked)
     assert torch.equal(model.logits(torch.where(hidden, images + 10, images), prediction.masked), logits)
     assert not torch.equal(model.logits(torch.where(hidden, images, images + 10), prediction.masked), logits)
-
-
-@pytest.mark.parametrize("has_table", [False, True])
-def test_attention_is_its_formula(has_table):
-    """q is scaled with its bias; the relative-position bias is not; a bias of the keys would change nothing."""
-    torch.manual_seed(0)
-    grid, width, num_heads = (3, 4), 24, 3
-    attention: Any = Attention(width, num_heads, grid if has_table else None)
-    randomise(attention)
-    table = RelativePositionBias(grid, num_heads)
-    randomise(table)
-    x, shared = torch.randn(2, 13, width), table()
-    bias = shared
-    if has_table:
-        bias = attention.relative_position_bias_table[attention.relative_position_index].permute(2, 0, 1)
-    for key_bias in (torch.zeros(width), torch.randn(width)):
-        qkv = x @ attention.qkv.weight.T + torch.cat((attention.q_bias, key_bias, attention.v_bias))
-        q, k, v = qkv.view(2, 13, 3, num_heads, 8).permute(2, 0, 3, 1, 4)
-        out = ((q * 8**-0.5) @ k.mT + bias[..., :13]).softmax(-1) @ v
-        expected = attention.proj(out.transpose(1, 2).flatten(2))
-        torch.testing.assert_close(attention(x, shared, None), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_drop_path():
