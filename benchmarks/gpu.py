@@ -56,7 +56,7 @@ def _question(name: str, asks: str, seconds: float) -> Part:
 # products in float32 take long to compile (its question checks it in bfloat16). Warnings of another PyTorch are
 # printed, and are no failures.
 KERNEL_TESTS = "-m", "pytest", "tests/kernels", "-m", "not long", "-W", "default", "-p", "no:cacheprovider"
-NOT_ON_A_CARD = "test_compile.py", "test_traffic.py", "test_first_hour.py", "test_attention_prototype.py"
+NOT_ON_A_CARD = "test_compile.py", "test_traffic.py", "test_first_hour.py"
 
 # their seconds and one grace are nine minutes: who is late takes from the next
 PARTS = (

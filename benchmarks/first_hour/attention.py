@@ -1,30 +1,32 @@
-"""Questions about attention: what PyTorch offers for a bias that all images share, and what our own kernel would."""
+"""Questions about attention: what PyTorch offers for a bias that all images share, and how ours is best launched."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import attention_prototype as prototype
 from benchmarks.first_hour.bench import DTYPE, HEAD_WIDTH, Bench, Results, against, case, named
 from benchmarks.results import Row
 from benchmarks.sdpa import chosen_backend
+from fastbeit_kernels import relative_attention as ours
 
 BACKENDS = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
 MODEL_ALIGNMENT = 16  # of a row of the bias, as in model/vit.py; 8 is the least that fused attention takes
 GATED_IMAGES = 4  # enough to see a wrong result, and float64 takes its time
 FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10  # of B*H*S*S*K: 2 products forward and 5 backward
 
-# queries and keys a tile, warps, stages
-FORWARD_TILES = (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 3)
-KEY_TILES = (64, 64, 8, 1), (64, 64, 4, 1), (64, 64, 8, 2), (64, 32, 4, 1)
-QUERY_TILES = (64, 256, 8, 2), (64, 256, 8, 1), (32, 256, 8, 2)  # a program takes all keys
-IMAGES = 16, 32, 64, 128, 256  # in the workspace, 1 MB each
+# of queries, of keys, warps, stages; the first are what `relative_attention` takes on an H100
+FORWARD_TILES = (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 3)
+KEY_TILES = (16, 64, 4, 3), (16, 64, 4, 4), (32, 64, 4, 1), (64, 64, 4, 1), (16, 128, 8, 3)
+# of queries, images that are added up, warps, stages
+QUERY_TILES = (64, 16, 8, 3), (64, 16, 8, 2), (64, 32, 8, 3), (64, 8, 8, 3)
+IMAGES = 32, 64, 128  # in the workspace, 1 MB each
 
 
 def sdpa(bench: Bench) -> Iterator[Row]:
@@ -84,57 +86,55 @@ def _results(run: Callable, qkv: Tensor, bias: Tensor | None, grad_out: Tensor) 
 
 
 def attention(bench: Bench) -> Iterator[Row]:
-    """Whether attention of our own with the bias's gradient shall be built, with which tiles and how much workspace.
+    """Which tiles `relative_attention` shall have, and how much workspace.
 
-    It stands against `sdpa`, "bias with gradient, both": forward plus backward, and memory.
+    It stands against `sdpa`, "bias with gradient": forward, both, and memory.
     """
-    B, S = bench.shapes.B, bench.shapes.S
-    flops = bench.H * B * S**2 * HEAD_WIDTH
-    qkv, grad_out, bias = _qkv(bench, B), _grad_out(bench, B), _bias(bench, prototype.ROW_ALIGNMENT).to(DTYPE)
-    few = qkv[:GATED_IMAGES], bias, grad_out[:GATED_IMAGES]
+    few = _qkv(bench, GATED_IMAGES), _bias(bench, MODEL_ALIGNMENT), _grad_out(bench, GATED_IMAGES)
     exact, eager = (_by_definition(*few, dtype) for dtype in (torch.float64, DTYPE))
+    gate = against(exact, eager, partial(_results, _ours, few[0].requires_grad_(), few[1].requires_grad_(), few[2]))
+    qkv, bias, grad_out = (make(bench, bench.shapes.B) for make in (_qkv, _trained, _grad_out))
+    qkv.requires_grad_()
+    flops = bench.H * bench.shapes.B * bench.shapes.S**2 * HEAD_WIDTH
+    for name, patches, backward in _choices(bench):
+        with patch.multiple(ours, **patches):
+            if backward:
+                work = partial(_results, _ours, qkv, bias, grad_out)
+                yield case(bench, f"both, {name}", work, gate=gate, flops=(FORWARD_FLOPS + BACKWARD_FLOPS) * flops)
+            else:
+                work = partial(_ours, qkv.detach(), bias.detach())
+                yield case(bench, f"forward, {name}", work, gate=gate, flops=FORWARD_FLOPS * flops)
+
+
+def _choices(bench: Bench) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """A name, what of the op's module is another, and whether the backward is asked about."""
+    names = "BLOCK_I", "BLOCK_J", "num_warps", "num_stages"
     for numbers in FORWARD_TILES:
-        tiles = _tiles(numbers)
-        gate = against(exact, eager, lambda t=tiles: dict(out=prototype.forward(*few[:2], t)[0]))
-        work = partial(prototype.forward, qkv, bias, tiles)
-        yield case(bench, f"forward, tiles {numbers}", work, gate=gate, flops=FORWARD_FLOPS * flops)
-    out, lse = prototype.forward(qkv, bias)
-    for name, options in _backwards(B).items():
-        gate = against(exact, eager, partial(_prototype_gradients, *few, options))
-        work = partial(prototype.backward, grad_out, qkv, bias, out, lse, **options)
-        yield case(bench, f"backward, {name}", work, gate=gate, flops=BACKWARD_FLOPS * flops)
+        tiles = dict(zip(names, numbers, strict=True))
+        yield f"tiles {numbers}", dict(forward_tiles=lambda _, tiles=tiles: tiles), False
+    for numbers in KEY_TILES:
+        tiles = dict(zip(names, numbers, strict=True))
+        yield f"keys {numbers}", dict(key_tiles=lambda _, tiles=tiles: tiles), True
+    for numbers in QUERY_TILES:
+        tiles = dict(zip(("BLOCK_I", "GROUP", "num_warps", "num_stages"), numbers, strict=True))
+        yield f"queries {numbers}", dict(query_tiles=lambda *_, tiles=tiles: tiles), True
+    S = bench.shapes.S
+    for images in (n for n in IMAGES if n < bench.shapes.B):
+        rows = bench.H * S * -(-S // ours.ROW_ALIGNMENT) * ours.ROW_ALIGNMENT
+        yield f"scores of {images} images", dict(WORKSPACE_BYTES=images * rows * DTYPE.itemsize), True
 
 
-def _tiles(numbers: tuple[int, ...]) -> dict[str, int]:
-    names = ["BLOCK_I", "BLOCK_J", "num_warps", "num_stages"]
-    return dict(zip(names, numbers, strict=True))
+def _ours(qkv: Tensor, bias: Tensor) -> Tensor:
+    return ours.relative_attention(qkv, bias, backend="triton")
 
 
-def _backwards(B: int) -> dict[str, dict[str, Any]]:
-    """Each workspace with the tiles that are the default, then each other choice of tiles with two of them."""
-    found: dict[str, dict[str, Any]] = {}
-    for images in [n for n in IMAGES if n < B] + [B]:
-        found[f"scores of {images} images"] = dict(images=images)
-    for images in dict.fromkeys((min(32, B), B)):
-        for numbers in KEY_TILES[1:]:
-            found[f"scores of {images} images, keys {numbers}"] = dict(images=images, key_tiles=_tiles(numbers))
-        for numbers in QUERY_TILES[1:]:
-            tiles = _tiles(numbers)
-            del tiles["BLOCK_J"]
-            found[f"scores of {images} images, queries {numbers}"] = dict(images=images, query_tiles=tiles)
-    return found
+def _trained(bench: Bench, _: int) -> Tensor:
+    return _bias(bench, MODEL_ALIGNMENT).requires_grad_()
 
 
 def _by_definition(qkv: Tensor, bias: Tensor, grad_out: Tensor, dtype: torch.dtype) -> Results:
     leaves = dict(qkv=qkv.to(dtype, copy=True).requires_grad_(), bias=bias.to(dtype, copy=True).requires_grad_())
-    return named(prototype.attention_reference(**leaves), leaves, grad_out.to(dtype))
-
-
-def _prototype_gradients(qkv: Tensor, bias: Tensor, grad_out: Tensor, options: dict[str, Any]) -> Results:
-    out, lse = prototype.forward(qkv, bias)
-    few: dict[str, Any] = options | dict(images=3)  # the last workspace is ragged
-    grad_qkv, grad_bias = prototype.backward(grad_out, qkv, bias, out, lse, **few)
-    return dict(grad_qkv=grad_qkv, grad_bias=grad_bias.to(bias.dtype))
+    return named(ours.relative_attention_reference(**leaves), leaves, grad_out.to(dtype))
 
 
 def _qkv(bench: Bench, B: int) -> Tensor:

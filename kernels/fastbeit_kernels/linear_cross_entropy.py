@@ -13,6 +13,8 @@ is the multiplication by s, over the stored gradients themselves unless the grap
 chunk: (C*V + R*D) * b + 4*V*D; where a gradient's dtype is not the stored one, the backward adds that gradient.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,8 +30,11 @@ from fastbeit_kernels.cross_entropy import (
     launch_forward,
 )
 
-# of a chunk's logits, a word: 512 rows in float32, 1024 in 16 bits. At 8192 words that is 16 MiB, which stay in the L2
-# of an A100 or H100; twice as much would need more memory than the forward of F.linear_cross_entropy at BEiT-B's shapes
+# On a GPU the logits of a chunk take at most this share of its memory: 1.2 GiB of 80, 384 MiB of 24. Large products
+# fill a card, and a chunk reads and writes the weight's gradient: an H100 takes 1,566 us for 19,200 rows in one chunk,
+# 1,622 in two, 1,764 by 4,096, 2,086 by 2,048, 2,493 by 1,024 (`python -m benchmarks.first_hour linear_cross_entropy`)
+CHUNK_SHARE = 1 / 64
+# Elsewhere it is memory that counts: bytes of a chunk's logits, a word, which are 512 rows in float32, 1024 in 16 bits
 CHUNK_BYTES = 2048
 
 
@@ -95,6 +100,24 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.T.float(), b.float())
 
 
+def chunk_rows(R: int, V: int, itemsize: int, memory: int | None) -> int:
+    """Rows whose logits are in memory at once, where nobody says.
+
+    Args:
+        memory: bytes of the GPU's; None: not on a GPU.
+    """
+    if memory is None:
+        return CHUNK_BYTES // itemsize
+    most = max(1, int(memory * CHUNK_SHARE) // (V * itemsize))
+    num_chunks = -(-R // most) or 1
+    return -(-R // num_chunks) or 1  # of equal size, as nearly as may be
+
+
+@lru_cache
+def _memory(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 @torch.library.custom_op("fastbeit::linear_cross_entropy_fwd", mutates_args=())
 def _forward(
     hidden: Tensor,
@@ -112,9 +135,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gives the loss, the number of correct rows and the gradients before their factor, empty where not `wanted`.
 
-    With `overwrite` the caller leaves the gradients to the backward, which may write over them.
+    A `chunk` of 0 follows the device's memory. With `overwrite` the caller leaves the gradients to the backward, which
+    may write over them.
     """
     R, V = len(hidden), len(weight)
+    chunk = chunk or chunk_rows(R, V, dtype.itemsize, _memory(hidden.device))
     compute_rows = launch_forward if triton else _rows_in_pytorch
     row_loss = torch.empty(R, device=hidden.device, dtype=torch.float32)
     row_correct = torch.empty(R, device=hidden.device, dtype=torch.int32)
@@ -226,7 +251,8 @@ def linear_cross_entropy(
         weight: [V, D], contiguous.
         bias: [V], or None.
         labels, count, label_smoothing, z_loss: as in `cross_entropy`.
-        chunk: rows whose logits are in memory at once; None: 512 where products are float32, else 1024.
+        chunk: rows whose logits are in memory at once; None: on a GPU as many as take 1/64 of its memory, elsewhere 512
+            where products are float32, else 1024.
         dtype: of the matrix products; None: autocast's where it is on, else that of `hidden`. Loss, statistics and the
             sums over rows are float32; a float32 weight gets a gradient that was never rounded to `dtype`.
         backend: "triton", "reference" (chunks in plain PyTorch), or "auto": "triton" on CUDA, else "reference".
@@ -241,7 +267,6 @@ def linear_cross_entropy(
         IndexError: a label of the reference is out of range, by name; Triton: a device-side assertion.
     """
     product = product_dtype(dtype, hidden)
-    chunk = CHUNK_BYTES // product.itemsize if chunk is None else chunk
     _check(hidden, weight, bias, labels, count, chunk, product)
     check_weights("linear_cross_entropy", label_smoothing, z_loss)
     loss, num_correct, *_ = _forward(
@@ -251,7 +276,7 @@ def linear_cross_entropy(
         labels,
         divisor(labels, count),
         product,
-        chunk,
+        chunk or 0,
         label_smoothing,
         z_loss,
         uses_triton(backend, hidden.device),
@@ -267,7 +292,7 @@ def _check(
     bias: Tensor | None,
     labels: Tensor,
     count: Tensor | None,
-    chunk: int,
+    chunk: int | None,
     product: torch.dtype,
 ) -> None:
     floats = [t for t in (hidden, weight, bias) if t is not None]
@@ -293,5 +318,5 @@ def _check(
         raise ValueError(
             f"linear_cross_entropy wants all tensors on the device of hidden, and a scalar count; got {', '.join(got)}"
         )
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"linear_cross_entropy wants a chunk of at least 1 row; got {chunk}")

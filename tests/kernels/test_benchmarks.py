@@ -154,7 +154,7 @@ def test_numbers_name_what_they_belong_to():
 
 
 def code(registers: int, shared: int = 32, wide_loads: int = 4, narrow_loads: int = 0) -> Compiled:
-    return Compiled(registers, 0, 0, shared, wide_loads, narrow_loads, 0, 0, 0)
+    return Compiled(registers, 0, 0, shared, wide_loads, narrow_loads, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(

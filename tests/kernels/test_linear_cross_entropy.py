@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import PeakMemory
 from fastbeit_kernels.backend import INTERPRETED
-from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from fastbeit_kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy, linear_cross_entropy_reference
 from helpers.launchers import GuardZones, NoSync, Zeros, between_nans, shuffle_programs
 from helpers.numerics import assert_within_budget
 
@@ -207,6 +207,15 @@ def test_chunks_change_nothing(device: str, backend: str):
     for other in others:
         for a, b in zip(whole, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_chunks_follow_the_memory():
+    """All rows of BEiT-B in one chunk on cards of 24 GB or more; equal chunks where they do not fit."""
+    GB = 2**30
+    assert [chunk_rows(19_200, 8192, 2, memory * GB) for memory in (80, 24, 16, 8)] == [19_200, 19_200, 9_600, 6_400]
+    assert chunk_rows(19_200, 8192, 4, 24 * GB) == 9_600
+    assert chunk_rows(0, 8192, 2, GB) == 1 == chunk_rows(5, 2**40, 2, GB)
+    assert [chunk_rows(19_200, 8192, itemsize, None) for itemsize in (2, 4)] == [1024, 512]
 
 
 @BACKENDS

@@ -184,7 +184,7 @@ def test_memory_is_bounded():
     # of an image: two widest tensors, a narrow one and its pixels; and all tokens
     body, tokens = 4 * 112 * 112 * (2 * 32 + 8 + 3), 8 * 128 * 196
     assert peaks[1] <= max(body, 4 * 1.1 * 196 * 8192) + tokens
-    assert peaks[fast.TOGETHER_ON_GPU] <= fast.TOGETHER_ON_GPU * body + tokens <= official.peak / 4
+    assert peaks[fast.TOGETHER_ON_GPU] <= fast.TOGETHER_ON_GPU * body + tokens <= official.peak / 3
 
 
 def test_an_overflow_is_an_error_and_no_token():
