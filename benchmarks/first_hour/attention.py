@@ -25,7 +25,7 @@ FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10  # of B*H*S*S*K: 2 products forward and 5 
 FORWARD_TILES = (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 3)
 KEY_TILES = (16, 64, 4, 3), (16, 64, 4, 4), (32, 64, 4, 1), (64, 64, 4, 1), (16, 128, 8, 3)
 # of queries, images that are added up, warps, stages
-QUERY_TILES = (64, 16, 8, 3), (64, 16, 8, 2), (64, 32, 8, 3), (64, 8, 8, 3)
+QUERY_TILES = (64, 32, 8, 3), (64, 16, 8, 3), (64, 32, 8, 2)
 IMAGES = 32, 64, 128  # in the workspace, 1 MB each
 
 

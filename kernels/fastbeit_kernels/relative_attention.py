@@ -35,7 +35,7 @@ LOWEST = {torch.float32: -(2.0**100), torch.bfloat16: -(2.0**100), torch.float16
 ROW_ALIGNMENT = 16
 MAX_TOKENS = 256  # a program of the backward holds whole rows of scores
 # of scores in memory at once: 256 images of BEiT-B are 240 MiB, in one go. In parts that the L2 cache holds the same
-# takes longer (H100: 1,039 us instead of 856 in the prototype), because each part is too small for the card
+# takes longer (H100: 1,039 us instead of 856 in a prototype), because each part is too small for the card
 WORKSPACE_BYTES = 512 * 2**20
 
 
@@ -234,7 +234,7 @@ def query_tiles(dtype: torch.dtype, shared_bytes: int) -> dict[str, int]:
     """
     if dtype == torch.float32:
         return dict(BLOCK_I=16, GROUP=16, num_warps=16 if shared_bytes > 64 * 1024 else 8, num_stages=1)
-    return dict(BLOCK_I=64, GROUP=16, num_warps=8, num_stages=3 if shared_bytes > 160 * 1024 else 2)
+    return dict(BLOCK_I=64, GROUP=32, num_warps=8, num_stages=3 if shared_bytes > 160 * 1024 else 2)
 
 
 @lru_cache
