@@ -171,6 +171,10 @@ class EngineConfig(Section):
         default="auto", description="of activations; weights and loss stay fp32; auto: bf16 on cuda, fp32 on the cpu"
     )
     compile: bool = Field(default=False, description="torch.compile the model")
+    checkpoint_blocks: bool = Field(
+        default=False,
+        description="recompute each block's activations in the backward: less memory, a quarter more time",
+    )
 
 
 Backend = Literal["auto", "triton", "reference"]

@@ -155,4 +155,6 @@ class TokenizerTrainConfig(Section):
             raise ValueError("engine.name=deepspeed does not train tokenizers; set engine.name=ddp")
         if self.engine.compile:
             raise ValueError("engine.compile=true is for pre-training; leave it out")
+        if self.engine.checkpoint_blocks:
+            raise ValueError("engine.checkpoint_blocks=true is for pre-training; leave it out")
         return self
