@@ -101,7 +101,8 @@ class ScheduleConfig(Section):
     def adamw(self) -> OptimConfig:
         warmup = max(2, self.steps // 20)
         fields = self.model_dump()
-        return OptimConfig(**fields, min_lr=self.lr / 80, warmup_steps=warmup, weight_decay=1e-4)
+        # the entropy of the words in use is that of all images of a step: no micro-batches
+        return OptimConfig(**fields, accumulate=1, min_lr=self.lr / 80, warmup_steps=warmup, weight_decay=1e-4)
 
 
 class TokenizerTrainConfig(Section):

@@ -1,10 +1,12 @@
 """The formula of memory against what is counted: saved tensors and peaks, of BEiT-B and BEiT-L at their widths."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.memory import main
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import ModelConfig
 from fastbeit.engine.memory import Footprint, count_weights, footprint
@@ -13,6 +15,7 @@ from fastbeit.model.vit import Block
 from helpers.counted import count_step, saved_bytes
 from helpers.tiny import SETTINGS
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 MIB = 2**20
 BASE: dict[str, Any] = {}
 LARGE: dict[str, Any] = {"width": 1024, "num_heads": 16, "mlp_width": 4096}
@@ -120,6 +123,17 @@ def test_weights_are_those_of_the_model(fields):
     config = Config.model_validate(SETTINGS | {"model": SETTINGS["model"] | fields})
     parameters = make_beit(config, vocab_size=32).parameters()
     assert count_weights(config, 32) == sum(parameter.numel() for parameter in parameters)
+
+
+@pytest.mark.parametrize("name", ["beit_base_in1k", "beit_large_in1k"])
+def test_a_configs_header_says_what_the_command_says(name, capsys):
+    path = CONFIGS / f"{name}.yaml"
+    assert main(["--plan", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("GiB") == 3 and said in path.read_text()
+    # each plan within its card
+    for card, line in zip((24, 40, 80), said.splitlines()[1:], strict=True):
+        assert float(line.split()[-2]) < card * 0.93
 
 
 def test_what_ranks_share():
