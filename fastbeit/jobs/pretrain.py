@@ -77,7 +77,9 @@ class Pretraining:
         self.num_steps = optim.steps or optim.epochs * self.epoch_steps
         self.num_warmup = min(optim.warmup_steps or optim.warmup_epochs * self.epoch_steps, self.num_steps)
         self.mask_rule = masking.rule_of(config)
-        self.rehearsal: Rehearsal | None = Rehearsal(self._footprint(), self.blank_inputs)
+        self.rehearsal: Rehearsal | None = Rehearsal(
+            self._footprint(), lambda num_images: blank_inputs(config, num_images, world.device)
+        )
         self.val_index = open_index(Path(config.data.val_index)) if config.data.val_index else None
         self.looks: list[Look] = [Look("validation", config.log.val_every, self.look)] if self.val_index else []
 
@@ -109,15 +111,6 @@ class Pretraining:
         keep = drop_path_keep(self.config.seed, step, batch.sample.numpy(), self.config.model.drop_rates)
         keep = torch.from_numpy(keep).to(self.world.device)
         return (batch.images, slots.masked, slots.predict_idx, labels, keep), (labels != masking.UNUSED).sum()
-
-    def blank_inputs(self, num_images: int) -> tuple[Tensor, ...]:
-        """What `inputs` gives the model, without content: black images, the first patches masked."""
-        config, device = self.config, self.world.device
-        images = torch.zeros(num_images, *config.data.image_size, 3, dtype=torch.uint8, device=device)
-        slots = torch.arange(config.num_slots, device=device).repeat(num_images, 1)
-        masked = torch.zeros(num_images, config.num_patches, dtype=torch.bool, device=device)
-        keep = torch.ones(num_images, config.model.depth, 2, device=device)
-        return images, masked.scatter_(1, slots, config.mask != "none"), slots, torch.zeros_like(slots), keep
 
     def _footprint(self) -> Footprint:
         (height, width), vocab_size = self.config.model.patch_size, self.source.vocab_size
@@ -159,6 +152,15 @@ class Pretraining:
                 f"data.num_crops={config.data.num_crops}: only so many crops an image; the official recipe draws new "
                 "ones (num_crops=0)"
             )
+
+
+def blank_inputs(config: Config, num_images: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What `Pretraining.inputs` gives the model, without content: black images, the first patches masked."""
+    images = torch.zeros(num_images, *config.data.image_size, 3, dtype=torch.uint8, device=device)
+    slots = torch.arange(config.num_slots, device=device).repeat(num_images, 1)
+    masked = torch.zeros(num_images, config.num_patches, dtype=torch.bool, device=device)
+    keep = torch.ones(num_images, config.model.depth, 2, device=device)
+    return images, masked.scatter_(1, slots, config.mask != "none"), slots, torch.zeros_like(slots), keep
 
 
 def _check_paths(config: Config) -> None:
