@@ -57,6 +57,11 @@ class Config(Section):
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    @property
+    def num_slots(self) -> int:
+        """Patches of an image that are predicted, or may be."""
+        return self.num_patches if self.predict == "all" else self.masking.num_masked
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":
         for size, patch, axis in zip(self.data.image_size, self.model.patch_size, ("height", "width"), strict=True):

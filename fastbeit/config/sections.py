@@ -6,7 +6,16 @@ Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 
 def _pair(value: Any) -> Any:
@@ -14,10 +23,19 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _auto_or_count(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One message, where a union has one for each of its parts."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError(f"wanted auto, or a number of at least 1; got {value!r}") from None
+
+
 Size = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_pair)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+AutoCount = Annotated[Count | Literal["auto"], WrapValidator(_auto_or_count)]
 
 
 class Section(BaseModel):
@@ -134,7 +152,11 @@ class OptimConfig(Section):
     """AdamW, cosine schedule and clipping (Table 12)."""
 
     batch_size: Count = Field(default=2048, description="images a step, over all ranks and micro-batches")
-    accumulate: Count = Field(default=1, description="micro-batches a step, to fit memory")
+    accumulate: AutoCount = Field(
+        default="auto",
+        description="micro-batches a step, to fit memory; auto: as few as the free memory of the card has room for, "
+        "and 1 on the cpu",
+    )
     epochs: int = Field(default=800, ge=0, description="passes over the images; ignored when steps > 0")
     steps: int = Field(default=0, ge=0, description="optimizer steps; 0: epochs decide")
     lr: float = Field(default=1.5e-3, ge=0, description="peak learning rate")
@@ -152,7 +174,7 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> "OptimConfig":
-        if self.batch_size % self.accumulate:
+        if self.accumulate != "auto" and self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if not (self.steps or self.epochs):
             raise ValueError("nothing to train: both steps and epochs are 0; set optim.epochs or optim.steps")
@@ -171,6 +193,10 @@ class EngineConfig(Section):
         default="auto", description="of activations; weights and loss stay fp32; auto: bf16 on cuda, fp32 on the cpu"
     )
     compile: bool = Field(default=False, description="torch.compile the model")
+    checkpoint_blocks: bool = Field(
+        default=False,
+        description="recompute each block's activations in the backward: less memory, a quarter more time",
+    )
 
 
 Backend = Literal["auto", "triton", "reference"]

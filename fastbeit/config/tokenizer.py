@@ -101,7 +101,8 @@ class ScheduleConfig(Section):
     def adamw(self) -> OptimConfig:
         warmup = max(2, self.steps // 20)
         fields = self.model_dump()
-        return OptimConfig(**fields, min_lr=self.lr / 80, warmup_steps=warmup, weight_decay=1e-4)
+        # the entropy of the words in use is that of all images of a step: no micro-batches
+        return OptimConfig(**fields, accumulate=1, min_lr=self.lr / 80, warmup_steps=warmup, weight_decay=1e-4)
 
 
 class TokenizerTrainConfig(Section):
@@ -155,4 +156,6 @@ class TokenizerTrainConfig(Section):
             raise ValueError("engine.name=deepspeed does not train tokenizers; set engine.name=ddp")
         if self.engine.compile:
             raise ValueError("engine.compile=true is for pre-training; leave it out")
+        if self.engine.checkpoint_blocks:
+            raise ValueError("engine.checkpoint_blocks=true is for pre-training; leave it out")
         return self

@@ -47,18 +47,28 @@ class Engine(Protocol):
 
 
 def make_engine(
-    settings: EngineConfig, optim: OptimConfig, model: nn.Module, optimizer: torch.optim.AdamW, world: World
+    settings: EngineConfig,
+    optim: OptimConfig,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    world: World,
+    accumulate: int = 1,
 ) -> Engine:
-    """The engine that `settings.name` asks for; the model already holds the weights to start from."""
-    dtype = _compute_dtype(settings, world.device)
+    """The engine that `settings.name` asks for; the model already holds the weights to start from.
+
+    Args:
+        accumulate: micro-batches a step.
+    """
+    dtype = compute_dtype(settings, world.device)
     if settings.compile:
         model.compile()
     if settings.name == "deepspeed":
-        return DeepSpeedEngine(settings, optim, model, optimizer, world, dtype)
+        return DeepSpeedEngine(settings, optim, accumulate, model, optimizer, world, dtype)
     return TorchEngine(model, optimizer, world, dtype, optim.clip_grad)
 
 
-def _compute_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
+def compute_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
+    """Of activations: what `engine.precision` means on this device."""
     if engine.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if engine.precision == "bf16" else torch.float32

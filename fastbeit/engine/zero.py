@@ -19,6 +19,7 @@ class DeepSpeedEngine:
         self,
         settings: EngineConfig,
         optim: OptimConfig,
+        accumulate: int,
         model: nn.Module,
         optimizer: torch.optim.AdamW,
         world: World,
@@ -31,7 +32,7 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(world.device)
         self.model, self.world = model, world
         self.engine, wrapped, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=_deepspeed_config(settings, optim, world, dtype)
+            model=model, optimizer=optimizer, config=_deepspeed_config(settings, optim, accumulate, world, dtype)
         )
         self.optimizer: Any = wrapped  # a ZeRO optimizer, whose attributes DeepSpeed does not declare
 
@@ -101,12 +102,14 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _deepspeed_config(settings: EngineConfig, optim: OptimConfig, world: World, dtype: torch.dtype) -> dict:
+def _deepspeed_config(
+    settings: EngineConfig, optim: OptimConfig, accumulate: int, world: World, dtype: torch.dtype
+) -> dict:
     # made from checked fields alone: DeepSpeed ignores top-level keys that it does not know
     return {
         "train_batch_size": optim.batch_size,
-        "train_micro_batch_size_per_gpu": optim.batch_size // optim.accumulate // world.size,
-        "gradient_accumulation_steps": optim.accumulate,
+        "train_micro_batch_size_per_gpu": optim.batch_size // accumulate // world.size,
+        "gradient_accumulation_steps": accumulate,
         "gradient_clipping": optim.clip_grad,
         "zero_optimization": {"stage": settings.zero_stage},
         "torch_autocast": {"enabled": dtype != torch.float32, "dtype": str(dtype).removeprefix("torch.")},

@@ -19,6 +19,9 @@ from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import steps_per_epoch
 from fastbeit.data.sampling import drop_path_keep
 from fastbeit.data.to_device import on_device
+from fastbeit.engine.fitting import Rehearsal
+from fastbeit.engine.memory import Footprint, footprint
+from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
@@ -74,6 +77,9 @@ class Pretraining:
         self.num_steps = optim.steps or optim.epochs * self.epoch_steps
         self.num_warmup = min(optim.warmup_steps or optim.warmup_epochs * self.epoch_steps, self.num_steps)
         self.mask_rule = masking.rule_of(config)
+        self.rehearsal: Rehearsal | None = Rehearsal(
+            self._footprint(), lambda num_images: blank_inputs(config, num_images, world.device)
+        )
         self.val_index = open_index(Path(config.data.val_index)) if config.data.val_index else None
         self.looks: list[Look] = [Look("validation", config.log.val_every, self.look)] if self.val_index else []
 
@@ -106,6 +112,16 @@ class Pretraining:
         keep = torch.from_numpy(keep).to(self.world.device)
         return (batch.images, slots.masked, slots.predict_idx, labels, keep), (labels != masking.UNUSED).sum()
 
+    def _footprint(self) -> Footprint:
+        (height, width), vocab_size = self.config.model.patch_size, self.source.vocab_size
+        return footprint(
+            self.config,
+            num_outputs=3 * height * width if vocab_size is None else vocab_size,
+            token_size=self.source.token_size,
+            num_ranks=self.world.size,
+            itemsize=compute_dtype(self.config.engine, self.world.device).itemsize,
+        )
+
     def read(self, sums: dict[str, Tensor], count: float) -> Reading:
         loss, accuracy = (sums[name].item() / count for name in ("loss", "right"))
         line = f"loss {loss:.4f}  masked accuracy {accuracy:.4f}"
@@ -136,6 +152,15 @@ class Pretraining:
                 f"data.num_crops={config.data.num_crops}: only so many crops an image; the official recipe draws new "
                 "ones (num_crops=0)"
             )
+
+
+def blank_inputs(config: Config, num_images: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What `Pretraining.inputs` gives the model, without content: black images, the first patches masked."""
+    images = torch.zeros(num_images, *config.data.image_size, 3, dtype=torch.uint8, device=device)
+    slots = torch.arange(config.num_slots, device=device).repeat(num_images, 1)
+    masked = torch.zeros(num_images, config.num_patches, dtype=torch.bool, device=device)
+    keep = torch.ones(num_images, config.model.depth, 2, device=device)
+    return images, masked.scatter_(1, slots, config.mask != "none"), slots, torch.zeros_like(slots), keep
 
 
 def _check_paths(config: Config) -> None:

@@ -16,6 +16,7 @@ from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import steps_per_epoch
 from fastbeit.data.to_device import on_device
+from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DONE
 from fastbeit.tokenizer.disk import save_tokenizer
@@ -80,6 +81,7 @@ class DvaeTraining:
     """An image in, the image out, through words (arXiv 2102.12092, section 2.1)."""
 
     sums: tuple[str, ...] = ("loss", "error", "words")
+    rehearsal: Rehearsal | None = None
 
     def __init__(self, config: TokenizerTrainConfig, world: World, index: Index, val_index: Index | None) -> None:
         self.config, self.world, self.index, self.val_index = config, world, index, val_index

@@ -54,6 +54,7 @@ class Beit(VisionTransformer):
         std: Sequence[float],
         kernels: Kernels,
         objective: Literal["tokens", "pixels"] = "tokens",
+        checkpoint_blocks: bool = False,
     ) -> None:
         """
         Args:
@@ -61,8 +62,11 @@ class Beit(VisionTransformer):
             mean, std: of a channel, for pixels in [0, 1].
             kernels: which implementation runs each fused operator.
             objective: what `forward` gives the loss of.
+            checkpoint_blocks: as in `VisionTransformer`.
         """
-        super().__init__(model, image_size=image_size, mean=mean, std=std, kernels=kernels)
+        super().__init__(
+            model, image_size=image_size, mean=mean, std=std, kernels=kernels, checkpoint_blocks=checkpoint_blocks
+        )
         num_values = 3 * model.patch_size[0] * model.patch_size[1]
         if objective == "pixels" and num_outputs != num_values:
             raise ValueError(
@@ -125,4 +129,5 @@ def make_beit(config: Config, vocab_size: int | None) -> Beit:
         std=config.data.std,
         objective=config.objective,
         kernels=config.kernels.by_op,
+        checkpoint_blocks=config.engine.checkpoint_blocks,
     )

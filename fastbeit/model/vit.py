@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastbeit.config.sections import AttentionBackend, Backend, Kernels, ModelConfig, Size
 from fastbeit.model.attention import Attention, RelativePositionBias, take
@@ -152,9 +153,21 @@ class VisionTransformer(nn.Module):
     """Patch embedding, cls token, positions and blocks; what follows the last block is the subclass's."""
 
     def __init__(
-        self, model: ModelConfig, *, image_size: Size, mean: Sequence[float], std: Sequence[float], kernels: Kernels
+        self,
+        model: ModelConfig,
+        *,
+        image_size: Size,
+        mean: Sequence[float],
+        std: Sequence[float],
+        kernels: Kernels,
+        checkpoint_blocks: bool = False,
     ) -> None:
+        """
+        Args:
+            checkpoint_blocks: keep each block's input alone for the backward, which computes the rest again.
+        """
         super().__init__()
+        self.checkpoint_blocks = checkpoint_blocks
         grid = image_size[0] // model.patch_size[0], image_size[1] // model.patch_size[1]
         self.patch_embed = PatchEmbedding(model.width, image_size, model.patch_size, mean, std, kernels.masked_embed)
         self.cls_token = nn.Parameter(torch.empty(1, 1, model.width))
@@ -183,7 +196,11 @@ class VisionTransformer(nn.Module):
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = block(x, bias, None if keep is None else keep[:, i].T, slots if i == last else None)
+            inputs = x, bias, None if keep is None else keep[:, i].T, slots if i == last else None
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*inputs)
         return x
 
     @torch.no_grad()

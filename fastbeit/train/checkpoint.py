@@ -48,6 +48,7 @@ class Saver:
                 )
         self.first_step = self.last_step = state.get("step", 0)
         self.seconds_before: float = state.get("seconds", 0.0)
+        self.fit: dict[str, Any] | None = state.get("fit")  # of micro-batches to memory; None: auto chose nothing
         self._weights = load_model(self.last_checkpoint) if self.last_checkpoint else {}
 
     def load_weights(self, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fastbeit
 from fastbeit.config.sections import EngineConfig, LogConfig, OptimConfig
 from fastbeit.data.batch import Batch
+from fastbeit.engine.fitting import Rehearsal, fitting_accumulate, out_of_memory_in_one_line
 from fastbeit.engine.protocol import make_engine
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DONE, PREEMPTED, ConfigError, DataError, RunError
@@ -63,6 +64,7 @@ class Task(Protocol):
     sums: tuple[str, ...]  # names of what the model returns
     ema_decay: float | None  # of the averaged weights; None: none are kept
     looks: list[Look]
+    rehearsal: Rehearsal | None  # for optim.accumulate=auto; None: the job takes no micro-batches
 
     def make_model(self) -> nn.Module:
         """With the weights to start from, on any device. Its forward takes what `inputs` gives, and returns sums over
@@ -111,6 +113,7 @@ class Outcome:
     num_steps_taken: int  # in this part
 
 
+@out_of_memory_in_one_line("no room for the start; end what else uses the card, or take a smaller model")
 def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, command: list[str]) -> Outcome:
     """Train until `task.num_steps`, or go on with a training that was interrupted.
 
@@ -126,7 +129,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     # 1. the newest checkpoint that verifies, made from what this training is made from
     # 2. weights, before the engine takes its share of them; or a start
     # 3. their average
-    # 4. moments, which the engine spreads over its ranks
+    # 4. micro-batches, before the engine that counts them, and the moments, which the engine spreads over its ranks
     # 5. the step: order, crops, masks, noise, drop path and learning rate are functions of it
     saver = Saver(out / "checkpoints", task.origin, config.log.keep, world)
     torch.manual_seed(config.seed)
@@ -140,14 +143,16 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     average = Average(model, task.ema_decay)
     saver.load_average(average)
     optimizer = make_optimizer(model, optim)
-    engine = make_engine(config.engine, optim, model, optimizer, world)
+    fit = fitting_accumulate(optim, config.engine, task.rehearsal, model, world, saver.fit)
+    engine = make_engine(config.engine, optim, model, optimizer, world, fit.accumulate)
     saver.load_moments(engine)
     first_step = step = saver.first_step
     began -= saver.seconds_before
 
     def save() -> None:
         known = {"config": config.model_dump(mode="json"), "versions": _versions()}
-        saver.save(step, engine, model, average, known | {"seconds": time.monotonic() - began})
+        known |= {"seconds": time.monotonic() - began, "fit": fit.kept}
+        saver.save(step, engine, model, average, known)
 
     def say() -> None:
         lr = learning_rate(step - 1, task.num_steps, task.num_warmup, optim)
@@ -166,6 +171,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     meter = Meter(world, optim.batch_size)
     bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0)
     with (
+        out_of_memory_in_one_line(fit.remedy),
         contextlib.closing(task.batches(step)) as batches,
         RunLog(out if world.rank == 0 else None, step, task.num_steps) as log,
         _profiler(config, out, world) as profiler,
@@ -174,6 +180,9 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
         for problem in saver.problems:
             log.say(f"checkpoint passed over: {problem}")
         task.greet(log, model)
+        if fit.line:
+            log.say(fit.line)
+            log.write({"step": step, "event": "fit", **fit.figures})
         for look in task.looks:
             # a kill between a checkpoint and the look at it has left none
             if step and _is_seen(look, step, task) and world.sum([log.lacks(step, look.name)])[0]:
@@ -183,7 +192,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             tensors, count = task.inputs(batch, step)
             count = world.add(count)
             set_learning_rate(optimizer, learning_rate(step, task.num_steps, task.num_warmup, optim))
-            for part, is_last in micro_batches(tensors, optim.accumulate):
+            for part, is_last in micro_batches(tensors, fit.accumulate):
                 meter.add(engine.accumulate(part, count.clamp_min(1), is_last))
             meter.end_step(count, grad_norm=engine.step())
             average.follow(model, step)
@@ -268,12 +277,13 @@ def _is_seen(look: Look, step: int, task: Task) -> bool:
 
 
 def check_batch(optim: OptimConfig, world: World) -> None:
-    parts = world.size * optim.accumulate
+    accumulate = 1 if optim.accumulate == "auto" else optim.accumulate
+    parts = world.size * accumulate
     if optim.batch_size % parts:
         fit = max(1, round(optim.batch_size / parts)) * parts
         raise ConfigError(
             f"optim.batch_size {optim.batch_size} is not a multiple of {world.size} ranks x "
-            f"{optim.accumulate} micro-batches; try {fit}"
+            f"{accumulate} micro-batches; try {fit}"
         )
 
 

@@ -48,6 +48,8 @@ def test_overrides_lie_over_the_file_and_the_result_reads_back(write, tmp_path):
         ("data.image_size=[0, 16]", "greater than or equal to 1"),
         ("optim.lr=fast", "optim.lr: input should be a valid number"),
         ("optim.lr=.nan", "optim.lr"),
+        ("optim.accumulate=0", "optim.accumulate: wanted auto, or a number of at least 1; got 0"),
+        ("optim.accumulate=fast", "optim.accumulate: wanted auto, or a number of at least 1; got 'fast'"),
         ("optim.accumulate=3", "batch_size 2048 is not a multiple of accumulate 3"),
         ("optim.epochs=0", "nothing to train"),
         ("masking.num_masked=197", "more than the 196 patches"),

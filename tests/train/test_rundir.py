@@ -37,7 +37,14 @@ def test_a_run_of_an_earlier_version_is_taken_up_and_its_old_keys_are_said(tmp_p
 
 
 def test_what_a_run_does_not_hang_on_may_change(tmp_path):
-    changes = ["data.num_workers=7", "optim.accumulate=4", "engine.name=single", "log.every=3", "out=elsewhere"]
+    changes = [
+        "data.num_workers=7",
+        "optim.accumulate=4",
+        "engine.checkpoint_blocks=true",
+        "engine.name=single",
+        "log.every=3",
+        "out=elsewhere",
+    ]
     for config in configure(Config, []), configure(Config, changes):
         with claim(tmp_path / "run", config):
             pass

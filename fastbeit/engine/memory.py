@@ -1,0 +1,153 @@
+"""How much memory a step of pre-training takes on one rank's device: a formula of the configuration alone.
+
+    peak = static + micro-batch * (saved + temporary)
+
+static: weights, gradients, moments, buckets, batches. saved: what the forward of an image leaves to the backward.
+temporary: the most that the backward of an image has beside it. Letters as in model/vit.py; b bytes a value in
+`engine.precision`. A block, run eagerly, saves of each token (a compiled one saves less):
+
+    8 D + 8 D b + 2 F b + 4 H        its input and that of the MLP in float32, from both normalised copies; q, k, v;
+                                     outputs of attention, of both branches; the MLP's two layers; a log-sum a head
+
+With `engine.checkpoint_blocks` it saves its input, 4 D, and one block at a time has the rest. The last block goes on
+after its attention with the M slots alone. What is saved is counted in tests/engine/test_memory.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fastbeit.config.pretrain import Config
+from fastbeit.config.sections import Size
+from fastbeit_kernels.linear_cross_entropy import CHUNK_BYTES
+
+WEIGHT_BYTES = 4  # weights, gradients and each of AdamW's two moments are float32
+BATCHES = 2  # on the device: the next is copied during a step
+WORKSPACE_BYTES = 64 * 2**20  # that cuBLAS takes on Hopper, on older cards less
+BIAS_ALIGNMENT = 16  # values that a row of the relative-position bias is padded to
+ZERO_BUCKET_BYTES = 4 * 500_000_000  # DeepSpeed's default, whatever the model; one for each dtype of its gradients
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank's device."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # moments; with ZeRO-1 this rank's share, its master weights and DeepSpeed's buckets too
+    batches: int
+    workspace: int  # of the loss, the bias and cuBLAS, and the weights in the precision of products
+    saved: int  # an image of a micro-batch
+    temporary: int  # likewise
+
+    @property
+    def static(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.batches + self.workspace
+
+    @property
+    def absent(self) -> int:
+        """What is not there in a forward and backward without optimizer and batches."""
+        return self.optimizer + self.batches
+
+    def peak(self, num_images: int) -> int:
+        """With micro-batches of so many images."""
+        return self.static + num_images * (self.saved + self.temporary)
+
+
+def footprint(config: Config, *, num_outputs: int, token_size: Size | None, num_ranks: int, itemsize: int) -> Footprint:
+    """
+    Args:
+        num_outputs: V, or P where pixels are regressed.
+        token_size: height and width of the token view; None: batches have none.
+        itemsize: b, 2 or 4.
+    """
+    num_weights = count_weights(config, num_outputs)
+    weights = WEIGHT_BYTES * num_weights
+    return Footprint(
+        weights=weights,
+        gradients=weights,
+        optimizer=_optimizer(config, weights, num_ranks, itemsize),
+        batches=BATCHES * config.optim.batch_size // num_ranks * _batch_bytes(config, token_size),
+        workspace=_workspace(config, num_weights, num_outputs, itemsize),
+        saved=_saved(config, itemsize),
+        temporary=_temporary(config, itemsize),
+    )
+
+
+def count_weights(config: Config, num_outputs: int) -> int:
+    """Parameters of the model, LayerNorms and biases included."""
+    model = config.model
+    D, F, S = model.width, model.mlp_width, config.num_patches + 1
+    (down, across), (height, width) = config.grid, model.patch_size
+    table = ((2 * down - 1) * (2 * across - 1) + 3) * model.num_heads
+    tables = {"shared": 1, "per_block": model.depth, "none": 0}[model.relative_position]
+    scales = 2 * D if model.layer_scale else 0
+    block = 4 * D * D + 3 * D + 2 * D * F + F + D + 4 * D + scales
+    ends = (3 * height * width + 1) * D + 2 * D + S * D * model.absolute_position + 2 * D + (D + 1) * num_outputs
+    return model.depth * block + tables * table + ends
+
+
+def _optimizer(config: Config, weights: int, num_ranks: int, itemsize: int) -> int:
+    if config.engine.name != "deepspeed":
+        return 2 * weights  # DDP's buckets are the gradients
+    # master weights, two moments and this rank's sum of gradients; read in DeepSpeed 0.19.8, not measured
+    return 4 * weights // num_ranks + (2 if itemsize < 4 else 1) * ZERO_BUCKET_BYTES
+
+
+def _batch_bytes(config: Config, token_size: Size | None) -> int:
+    """Both views of an image in bytes, and of the numbers of a step those that count: slots, labels, masked patches."""
+    views = 3 * math.prod(config.data.image_size) + (3 * math.prod(token_size) if token_size else 0)
+    return views + 3 * 8 * config.num_slots + config.num_patches
+
+
+def _bias(config: Config) -> int:
+    """Values of one expanded table of relative positions."""
+    S = config.num_patches + 1
+    padded = -(-S // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+    return 0 if config.model.relative_position == "none" else config.model.num_heads * S * padded
+
+
+def _workspace(config: Config, num_weights: int, num_outputs: int, itemsize: int) -> int:
+    loss = (CHUNK_BYTES + WEIGHT_BYTES * config.model.width) * num_outputs if config.objective == "tokens" else 0
+    copies = itemsize * num_weights if itemsize < WEIGHT_BYTES else 0
+    # a block's own in the precision of products; tables in float32, and their gradients
+    num_tables = config.model.depth if config.model.relative_position == "per_block" else 1
+    biases = _bias(config) * (itemsize * config.model.depth + 2 * 4 * num_tables)
+    return loss + copies + biases + WORKSPACE_BYTES
+
+
+def _saved(config: Config, b: int) -> int:
+    """Of an image: all that autograd keeps between its forward and its backward, at most."""
+    model = config.model
+    D, L, S, M = model.width, model.depth, config.num_patches + 1, config.num_slots
+    before, after = _halves(config, b)
+    gathered = M * (b * D + 8)  # the attention's output at the slots, and which they are
+    head = M * (4 * D + b * D + _objective(config))
+    last = S * before + M * after + gathered + head
+    if config.engine.checkpoint_blocks:
+        # inputs of the blocks before the one that is computed again: the last, or the one before it
+        inputs = S * 4 * D
+        return max((L - 1) * inputs + last, (L - 2) * inputs + S * (before + after) if L > 1 else 0)
+    return (L - 1) * S * (before + after) + last
+
+
+def _halves(config: Config, b: int) -> tuple[int, int]:
+    """What a block saves of a token up to its attention's output, and after it."""
+    D, F, H = config.model.width, config.model.mlp_width, config.model.num_heads
+    branch = b * D if config.model.layer_scale else 0
+    norm = 4 * D + 2 * 4 + b * D  # the input, its mean and deviation, and the output as the product takes it
+    attention = 3 * b * D + b * D + 4 * H
+    return norm + attention, branch + norm + 2 * b * F + branch
+
+
+def _objective(config: Config) -> int:
+    """Of a slot: for pixels the errors in float32; the loss of tokens keeps a gradient instead."""
+    return 0 if config.objective == "tokens" else 4 * 3 * math.prod(config.model.patch_size)
+
+
+def _temporary(config: Config, b: int) -> int:
+    """Of an image: gradients of the residual stream and of what is widest in a block's backward."""
+    D, F, S = config.model.width, config.model.mlp_width, config.num_patches + 1
+    # q, k and v come as three, and go to their product as one; the fused backward gives the bias's for each image
+    attention = S * 6 * b * D + b * _bias(config)
+    mlp = S * (4 * D + 2 * b * F)
+    return S * 4 * D + max(attention, mlp)
