@@ -31,6 +31,12 @@ def _auto_or_count(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         raise ValueError(f"wanted auto, or a number of at least 1; got {value!r}") from None
 
 
+def _on_off(value: Any) -> Any:
+    """YAML reads on and off as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+OnOff = Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)]
 Size = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_pair)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -192,7 +198,9 @@ class EngineConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="of activations; weights and loss stay fp32; auto: bf16 on cuda, fp32 on the cpu"
     )
-    compile: bool = Field(default=False, description="torch.compile the model")
+    compile: OnOff = Field(
+        default="auto", description="torch.compile each block of the model, in pre-training; auto: on cuda"
+    )
     checkpoint_blocks: bool = Field(
         default=False,
         description="recompute each block's activations in the backward: less memory, a quarter more time",

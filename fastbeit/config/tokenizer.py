@@ -154,8 +154,8 @@ class TokenizerTrainConfig(Section):
             raise ValueError(f"objective.temperature wants start >= end; got {list(temperature)}")
         if self.engine.name == "deepspeed":
             raise ValueError("engine.name=deepspeed does not train tokenizers; set engine.name=ddp")
-        if self.engine.compile:
-            raise ValueError("engine.compile=true is for pre-training; leave it out")
+        if self.engine.compile == "on":
+            raise ValueError("engine.compile=on is for pre-training; leave it out")
         if self.engine.checkpoint_blocks:
             raise ValueError("engine.checkpoint_blocks=true is for pre-training; leave it out")
         return self

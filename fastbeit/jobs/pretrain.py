@@ -4,8 +4,7 @@ index -> two views -> blockwise mask -> visual tokens -> masked embedding -> enc
 """
 
 import contextlib
-from collections.abc import Generator
-from dataclasses import asdict
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,13 +25,13 @@ from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
 from fastbeit.model.beit import Beit, make_beit
+from fastbeit.model.kernels import chosen_kernels
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Reading, check_batch, train
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop
-from fastbeit_kernels.backend import check_backend, uses_triton
 
 
 def pretrain(config: Config, command: list[str]) -> int:
@@ -50,10 +49,10 @@ def pretrain(config: Config, command: list[str]) -> int:
     _check_paths(config)
     world = start_world(config.engine)
     check_batch(config.optim, world)
-    _check_kernels(config, world)
     index = open_index(Path(config.data.index))
     source = open_token_source(config, index, world.device)
-    task = Pretraining(config, world, index, source)
+    chosen, lines = chosen_kernels(config, num_outputs(config, source), world)
+    task = Pretraining(chosen, world, index, source, lines)
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         outcome = train(task, config, world, Path(config.out), stop, command)
@@ -69,7 +68,14 @@ class Pretraining:
     sums: tuple[str, ...] = ("loss", "right")
     ema_decay: float | None = None
 
-    def __init__(self, config: Config, world: World, index: Index, source: TokenSource) -> None:
+    def __init__(
+        self, config: Config, world: World, index: Index, source: TokenSource, lines: Sequence[str] = ()
+    ) -> None:
+        """
+        Args:
+            lines: what the log shall say of how this is run.
+        """
+        self.lines = lines
         self.config, self.optim, self.world, self.index, self.source = config, config.optim, world, index, source
         self.origin = {"index": index.fingerprint, "tokenizer": source.fingerprint}
         self.num_images, optim = len(index), config.optim
@@ -113,10 +119,9 @@ class Pretraining:
         return (batch.images, slots.masked, slots.predict_idx, labels, keep), (labels != masking.UNUSED).sum()
 
     def _footprint(self) -> Footprint:
-        (height, width), vocab_size = self.config.model.patch_size, self.source.vocab_size
         return footprint(
             self.config,
-            num_outputs=3 * height * width if vocab_size is None else vocab_size,
+            num_outputs=num_outputs(self.config, self.source),
             token_size=self.source.token_size,
             num_ranks=self.world.size,
             itemsize=compute_dtype(self.config.engine, self.world.device).itemsize,
@@ -140,8 +145,10 @@ class Pretraining:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         log.say(
             f"{self.num_images:,} images, {parameters:,} parameters, {world.size} rank(s) on {world.device.type}, "
-            f"{_kernels_line(config, world)}, steps {log.first_step} to {log.num_steps}, out {config.out}"
+            f"steps {log.first_step} to {log.num_steps}, out {config.out}"
         )
+        for line in self.lines:
+            log.say(line)
         log.say(f"visual tokens: {source}")
         if source.agreement is not None:
             log.write({"step": log.first_step, "event": "tokenizer", "agreement_with_fp32": source.agreement})
@@ -152,6 +159,12 @@ class Pretraining:
                 f"data.num_crops={config.data.num_crops}: only so many crops an image; the official recipe draws new "
                 "ones (num_crops=0)"
             )
+
+
+def num_outputs(config: Config, source: TokenSource) -> int:
+    """V visual words; where pixels are regressed, the values of a patch."""
+    height, width = config.model.patch_size
+    return 3 * height * width if source.vocab_size is None else source.vocab_size
 
 
 def blank_inputs(config: Config, num_images: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -175,21 +188,3 @@ def _check_paths(config: Config) -> None:
         if value and not Path(value).exists():
             hint = "fastbeit tokenizer train --data INDEX -o" if "tokenizer" in key else "fastbeit index SOURCE -o"
             raise RunError(f"{key}: '{value}' does not exist; make it with `{hint} {value}`", DATA_MISSING)
-
-
-def _check_kernels(config: Config, world: World) -> None:
-    for op, backend in asdict(config.kernels.by_op).items():
-        try:
-            check_backend(backend, world.device)
-        except (ValueError, ModuleNotFoundError) as err:
-            key = op if getattr(config.kernels, op) else "backend"
-            raise ConfigError(f"kernels.{key}={backend}: {err}") from None
-
-
-def _kernels_line(config: Config, world: World) -> str:
-    """Which kernels run: "triton kernels", or each op's."""
-    chosen = asdict(config.kernels.by_op)
-    names = {op: "triton" if uses_triton(backend, world.device) else "reference" for op, backend in chosen.items()}
-    if len(set(names.values())) == 1:
-        return f"{names['loss']} kernels"
-    return "kernels: " + ", ".join(f"{op} {name}" for op, name in names.items())

@@ -161,6 +161,7 @@ def _by_sdpa(qkv: Tensor, bias: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(qkv, bias)).transpose(1, 2).flatten(2)
 
 
+@torch.compiler.disable
 def _by_xformers(qkv: Tensor, bias: Tensor | None) -> Tensor:
     from xformers.ops import memory_efficient_attention
 

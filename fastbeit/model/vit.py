@@ -203,6 +203,13 @@ class VisionTransformer(nn.Module):
                 x = block(*inputs)
         return x
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile make one graph of each block: two in all, for the last block has slots."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            # dynamic=False: shapes are static, and a short batch gets a graph of its own. xformers stays outside of it
+            block.compile(dynamic=False, fullgraph=block.attn.backend != "xformers")
+
     @torch.no_grad()
     def initialise(self) -> None:
         """The authors' start of pre-training: weights normal, cut at one deviation; biases and tables zero.

@@ -306,7 +306,9 @@ def _say(log: RunLog, task: Task, meter: Meter, place: dict[str, float], num_bad
 
 
 def _see(log: RunLog, look: Look, model: nn.Module, step: int) -> None:
-    reading = look.see(model, log, step)
+    # as it is written: batches of other shapes would be compiled for
+    with torch.compiler.set_stance("force_eager"):
+        reading = look.see(model, log, step)
     if reading:
         log.write({"step": step, "event": look.name, **reading.figures})
         log.say(f"step {step}  {reading.line}")

@@ -105,7 +105,7 @@ def test_a_compiled_block_saves_less():
     """By the MLP's input, which is added up again, 4 D a token: the formula of eager blocks is an upper bound."""
 
     def saved(compiled: bool, B: int) -> int:
-        block = Block(ModelConfig(), None)
+        block = Block(ModelConfig(), None, "sdpa")
         if compiled:
             # AOTAutograd's own choice of what to save, without code generation
             block.compile(backend="aot_eager_decomp_partition", dynamic=False)

@@ -281,13 +281,14 @@ def test_triton_and_reference_train_alike(train, monkeypatch):
     assert not launched
     _, triton = train("triton", kernels__backend="triton", **options)
     assert {"_masked_embed_fwd_kernel", "_block_masks_kernel", "_cross_entropy_fwd_kernel"} <= launched
+    assert {"_relative_attention_fwd_kernel", "_relative_attention_bwd_queries_kernel"} <= launched
     # sums in another order: 1e-7 of a loss near 4 at first, and 20 updates that follow from it
     assert len(triton) == 20 and losses(triton) == pytest.approx(losses(reference), abs=1e-5, rel=0)
 
 
 def test_a_backend_that_cannot_run_is_said_before_anything_starts(train, tmp_path, monkeypatch):
     monkeypatch.setattr("fastbeit_kernels.backend.INTERPRETED", False)
-    for key in "backend", "loss":
+    for key in "backend", "loss", "attention":
         with pytest.raises(RunError, match=f"kernels.{key}=triton: .* wants tensors on cuda; got cpu") as err:
             train(**{f"kernels__{key}": "triton"}, engine__device="cpu")
         assert err.value.exit_code == 2 and not (tmp_path / "run").exists()
@@ -310,6 +311,8 @@ def test_a_look_that_a_kill_took_is_made_up_for(train, parts, tmp_path):
 @pytest.mark.skipif(not INTERPRETED, reason="interprets a kernel")
 def test_each_op_has_its_own_kernel_or_the_one_of_all(train, capfd):
     train(kernels__masks="triton", optim__steps=1, optim__batch_size=2)
-    assert "kernels: masked_embed reference, loss reference, masks triton" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "kernels: attention sdpa, masked_embed reference, loss reference, masks triton" in said
+    assert "attention: sdpa (on cpu)" in said
     config = KernelsConfig(backend="triton", loss="reference")
-    assert config.by_op == Kernels(masked_embed="triton", loss="reference", masks="triton")
+    assert config.by_op == Kernels(attention="triton", masked_embed="triton", loss="reference", masks="triton")

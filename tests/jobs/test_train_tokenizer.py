@@ -360,7 +360,7 @@ def test_another_training_in_the_same_place_is_refused(photos, tmp_path):
         ({"objective__temperature": [0.1, 1.0]}, "start >= end"),
         ({"data__crop_scale": [1.0, 0.2]}, "crop_scale wants a range"),
         ({"model__n_hid": 10}, "multiple of 4"),
-        ({"engine__compile": True}, "engine.compile=true is for pre-training"),
+        ({"engine__compile": True}, "engine.compile=on is for pre-training"),
         ({"engine__checkpoint_blocks": True}, "engine.checkpoint_blocks=true is for pre-training"),
         ({"engine__name": "deepspeed"}, "engine.name=deepspeed does not train tokenizers"),
         ({"optim__steps": 0}, "greater than or equal to 1"),
