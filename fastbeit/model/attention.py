@@ -186,7 +186,8 @@ def check_attention(
     try:
         attend(qkv, bias, backend).sum().backward()
     except Exception as err:  # whatever it is, it is said and the run does not begin
-        return f"{type(err).__name__}: {err}"
+        hint = "; each release of xformers is for one of PyTorch: see `python -m xformers.info`"
+        return " ".join(f"{type(err).__name__}: {err}".split()) + (hint if backend == "xformers" else "")
     return None
 
 
