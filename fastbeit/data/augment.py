@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastbeit.config.sections import Size
 from fastbeit.data.sampling import Purpose, uniform
+from fastbeit.data.to_device import move
 from fastbeit_kernels.philox import philox
 
 # one operation on one sample: its place in `OPS`, or -1 for none; how strong it is, in [-1, 1]
@@ -192,7 +193,7 @@ def erase_(images: Tensor, boxes: np.ndarray, seed: int, epoch: np.ndarray, samp
     top, left, height, width = boxes[rows].T
     areas = height * width
     table = np.stack([rows, top, left, width, np.cumsum(areas) - areas, epoch[rows], sample[rows], areas])
-    table = torch.from_numpy(table).to(images.device, non_blocking=True)
+    table = move(torch.from_numpy(table), images.device)
     num_pixels = int(areas.sum())
     # of each erased pixel: its box; that their number is said keeps the device from being asked
     box = table[:-1].repeat_interleave(table[-1], dim=1, output_size=num_pixels)  # [7, num_pixels]

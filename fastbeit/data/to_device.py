@@ -32,6 +32,16 @@ def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Ge
         batches.close()
 
 
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; to CUDA by way of pinned memory, so that nobody waits for the copy."""
+    return _pinned(x, device).to(device, non_blocking=True)
+
+
+def _pinned(x: Tensor, device: torch.device) -> Tensor:
+    # the allocator of pinned memory keeps the source until the copy is done
+    return x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+
+
 class Copier:
     """Copies views by a stream of its own; what `begin` began can be used after `end`, on the current stream."""
 
@@ -46,8 +56,7 @@ class Copier:
         return moved, copied
 
     def _copy(self, images: Tensor) -> Tensor:
-        # DALI's lie there already; the allocator of pinned memory keeps the source until the copy is done
-        return images if images.is_cuda else images.pin_memory().to(self._device, non_blocking=True)
+        return images if images.is_cuda else move(images, self._device)  # DALI's lie there already
 
     def end(self, begun: tuple[Batch, torch.cuda.Event]) -> Batch:
         batch, copied = begun

@@ -1,5 +1,7 @@
 """One process, or DistributedDataParallel over several."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ class TorchEngine:
         self, model: nn.Module, optimizer: torch.optim.AdamW, world: World, dtype: torch.dtype, clip_grad: float
     ) -> None:
         self.model, self.optimizer, self.world, self.clip_grad = model, optimizer, world, clip_grad
-        self.autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        self.autocast = nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype=dtype)
         self.ddp = None
         if world.host_group is not None:
             devices = [world.device] if world.device.type == "cuda" else None

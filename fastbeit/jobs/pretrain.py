@@ -17,7 +17,7 @@ from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import steps_per_epoch
 from fastbeit.data.sampling import drop_path_keep
-from fastbeit.data.to_device import on_device
+from fastbeit.data.to_device import move, on_device
 from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.memory import Footprint, footprint
 from fastbeit.engine.protocol import compute_dtype
@@ -111,11 +111,11 @@ class Pretraining:
 
     def inputs(self, batch: Batch, step: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """The paper in a few lines: hide patches, look up their visual tokens, and ask the model for them."""
-        epoch, sample = (numbers.to(self.world.device, non_blocking=True) for numbers in (batch.epoch, batch.sample))
+        epoch, sample = (move(numbers, self.world.device) for numbers in (batch.epoch, batch.sample))
         slots = masking.draw(self.mask_rule, epoch, sample)
         labels = masking.label(slots, self.source.tokens(batch, slots))
         keep = drop_path_keep(self.config.seed, step, batch.sample.numpy(), self.config.model.drop_rates)
-        keep = torch.from_numpy(keep).to(self.world.device)
+        keep = move(torch.from_numpy(keep), self.world.device)
         return (batch.images, slots.masked, slots.predict_idx, labels, keep), (labels != masking.UNUSED).sum()
 
     def _footprint(self) -> Footprint:

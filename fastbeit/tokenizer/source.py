@@ -13,6 +13,7 @@ from fastbeit.data.batch import Batch
 from fastbeit.data.index.reader import Index
 from fastbeit.data.loader import make_token_loader
 from fastbeit.data.sampling import crop_of
+from fastbeit.data.to_device import move
 from fastbeit.errors import USAGE, RunError
 from fastbeit.masking import Slots
 from fastbeit.tokenizer.cache.reader import TokenCache, check_cache, open_cache
@@ -111,8 +112,7 @@ class EncodedTokens:
 
     def tokens(self, batch: Batch, slots: Slots) -> Tensor:
         assert batch.token_images is not None
-        images = batch.token_images.to(self._device, non_blocking=True)
-        return self._tokenizer.encode_at(images, slots.predict_idx)
+        return self._tokenizer.encode_at(move(batch.token_images, self._device), slots.predict_idx)
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
@@ -138,7 +138,7 @@ class CachedTokens:
 
     def tokens(self, batch: Batch, slots: Slots) -> Tensor:
         tokens = self._cache.read(batch.sample, crop_of(batch.epoch, self._config.data.num_crops))
-        return tokens.to(self._device, non_blocking=True).gather(1, slots.predict_idx)
+        return move(tokens, self._device).gather(1, slots.predict_idx)
 
     def tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self._config.tokenizer.path, self._device, self._dtype)
@@ -172,4 +172,4 @@ def visual_tokens(tokenizer: Tokenizer | None, batch: Batch, device: torch.devic
     """[B, N] int64: what is to be predicted of a batch; None for pixels, which need no tokenizer."""
     if tokenizer is None or batch.token_images is None:
         return None
-    return tokenizer.encode(batch.token_images.to(device, non_blocking=True))
+    return tokenizer.encode(move(batch.token_images, device))
