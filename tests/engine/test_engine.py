@@ -67,11 +67,15 @@ def single(run) -> Path:
     [
         pytest.param(DEEPSPEED, ["engine.name=deepspeed"], id="zero1"),
         pytest.param(TORCHRUN, ["engine.name=ddp", "optim.accumulate=2"], id="ddp-accumulate"),
+        pytest.param(TORCHRUN, ["engine.name=ddp", "engine.compile=on"], id="ddp-compiled", marks=pytest.mark.long),
+        pytest.param(
+            DEEPSPEED, ["engine.name=deepspeed", "engine.compile=on"], id="zero1-compiled", marks=pytest.mark.long
+        ),
     ],
 )
 def test_two_ranks_train_as_one(run, single, launcher, overrides, tmp_path):
     """Loss of each of 10 steps, then a resume in the middle, then the weights and moments at the end."""
-    name = launcher[0]
+    name = f"{launcher[0]}-{len(''.join(overrides))}"
     out = run(name, launcher, "optim.steps=10", "log.save_every=5", *overrides)
     # fp32 sums in another order over 10 steps of AdamW at a large learning rate
     assert losses(out) == pytest.approx(losses(single), abs=1e-4)

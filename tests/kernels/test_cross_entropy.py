@@ -9,7 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastbeit_kernels import backend as backend_module
 from fastbeit_kernels.backend import INTERPRETED
-from fastbeit_kernels.cross_entropy import cross_entropy, cross_entropy_reference, launch_forward
+from fastbeit_kernels.cross_entropy import (
+    cross_entropy,
+    cross_entropy_reference,
+    launch_forward,
+    launch_options,
+    row_options,
+)
 from helpers.launchers import GuardZones, NoSync, Zeros, between_nans, shuffle_programs
 from helpers.numerics import assert_within_budget
 from helpers.waiting import finished
@@ -262,6 +268,14 @@ def test_programs_are_independent_and_write_only_their_own(device: str, monkeypa
     for other in (again, guarded, shuffled):
         for name, a, b in zip(("loss", "grad_logits", "num_correct"), first, other, strict=True):
             assert torch.equal(a, b), f"{name} differs between two runs"
+
+
+def test_labels_are_asserted_on_the_device():
+    """In every launch: a label out of range is no silent loss."""
+    for options in (launch_options(8192), row_options(8192, (9, 0)), row_options(8192, (0, 0))):
+        assert options["debug"] is True and options["sanitize_overflow"] is False
+    assert row_options(8192, (9, 0))["maxnreg"] == row_options(8192, (8, 6))["maxnreg"] == 80
+    assert "maxnreg" not in row_options(8192, (10, 0)) | row_options(8192, (0, 0))
 
 
 def test_without_a_gradient_none_is_written(device: str):

@@ -326,6 +326,18 @@ def test_compiles_without_a_graph_break(device: str, backend: str):
     assert_equal(eager, traced)
 
 
+@BACKENDS
+def test_compiled_backward_twice(device: str, backend: str):
+    """A graph keeps what is stored as it is: a second backward gives the same gradients."""
+    hidden, weight, bias, labels = make_inputs(device, 5, 16, 40, torch.float32)
+    leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias)]
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    loss, _ = compiled(*leaves, labels, chunk=2, backend=backend)
+    first = [g.clone() for g in torch.autograd.grad(3 * loss, leaves, retain_graph=True)]
+    again = torch.autograd.grad(3 * loss, leaves)
+    torch.testing.assert_close(list(again), first, rtol=0, atol=0)
+
+
 def test_auto_means_triton_on_cuda_and_chunks_everywhere():
     """Traced with tensors of no memory, which may lie on a GPU that is not there."""
     for place in ("cuda", "cpu"):
