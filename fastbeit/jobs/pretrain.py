@@ -27,6 +27,7 @@ from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Reading, check_batch, train
+from fastbeit.train.pipeline import Choice, settle_pipeline
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop
 from fastbeit_kernels.backend import check_backend, uses_triton
@@ -48,9 +49,11 @@ def pretrain(config: Config, command: list[str]) -> int:
     world = start_world(config.engine)
     check_batch(config.optim, world)
     _check_kernels(config, world)
+    tokens = Path(config.data.tokens) if config.data.tokens else None
+    config, pipeline = settle_pipeline(config, world, Path(config.out), tokens)
     index = open_index(Path(config.data.index))
     source = open_token_source(config, index, world.device)
-    task = Pretraining(config, world, index, source)
+    task = Pretraining(config, world, index, source, pipeline)
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         outcome = train(task, config, world, Path(config.out), stop, command)
@@ -66,8 +69,9 @@ class Pretraining:
     sums: tuple[str, ...] = ("loss", "right")
     ema_decay: float | None = None
 
-    def __init__(self, config: Config, world: World, index: Index, source: TokenSource) -> None:
+    def __init__(self, config: Config, world: World, index: Index, source: TokenSource, pipeline: Choice) -> None:
         self.config, self.optim, self.world, self.index, self.source = config, config.optim, world, index, source
+        self.pipeline = pipeline
         self.origin = {"index": index.fingerprint, "tokenizer": source.fingerprint}
         self.num_images, optim = len(index), config.optim
         self.epoch_steps = steps_per_epoch(len(index), optim.batch_size, config.data.tail)
@@ -126,6 +130,7 @@ class Pretraining:
             f"{self.num_images:,} images, {parameters:,} parameters, {world.size} rank(s) on {world.device.type}, "
             f"{_kernels_line(config, world)}, steps {log.first_step} to {log.num_steps}, out {config.out}"
         )
+        log.say(str(self.pipeline))
         log.say(f"visual tokens: {source}")
         if source.agreement is not None:
             log.write({"step": log.first_step, "event": "tokenizer", "agreement_with_fp32": source.agreement})

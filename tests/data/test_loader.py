@@ -132,8 +132,8 @@ from fastbeit.config.sections import DataConfig
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.loader import make_loader
 loader = make_loader(
-    DataConfig(num_workers=2, image_size=(32, 32)), open_index(Path(sys.argv[1])), token_size=None, batch_size=2,
-    seed=0, rank=0, world_size=1, first_step=0, num_steps=10**9,
+    DataConfig(num_workers=2, image_size=(32, 32), pipeline="torch"), open_index(Path(sys.argv[1])),
+    token_size=None, batch_size=2, seed=0, rank=0, world_size=1, first_step=0, num_steps=10**9,
 )
 next(loader)
 print(*(child.pid for child in psutil.Process().children()), flush=True)
