@@ -136,7 +136,7 @@ class CpuBatches(Dataset):
         images, *token_images = (torch.from_numpy(output) for output in outputs)
         return batch_of(drawn, found, images, *(token_images or [None]))
 
-    def _photo(self, data: bytes, size: Size, plan: np.void) -> list[np.ndarray]:
+    def _photo(self, row: int, data: bytes, size: Size, plan: np.void) -> list[np.ndarray]:
         (views,) = self.photo(data, size, [plan], self.rule)
         return views
 
@@ -152,11 +152,14 @@ class CpuTokenViews(Dataset):
         ((token_size, _),) = self.rule.views()
         images, bad = np.zeros((len(rows), self.plans.data.num_crops, *token_size, 3), np.uint8), []
         with _one_thread():
-            for place, views, reasons in read_rows(self.plans, rows, partial(self.photo, rule=self.rule)):
+            for place, views, reasons in read_rows(self.plans, rows, self._photo):
                 bad += reasons
                 if not reasons:
                     images[place] = np.concatenate(views)
         return TokenViews(rows, torch.from_numpy(images), bad)
+
+    def _photo(self, row: int, data: bytes, size: Size, plans: np.ndarray) -> list[list[np.ndarray]]:
+        return self.photo(data, size, plans, self.rule)
 
 
 @contextlib.contextmanager

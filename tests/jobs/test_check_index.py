@@ -33,7 +33,7 @@ def test_all_are_good(tmp_path, capsys, num_workers):
     (tmp_path / "images.idx.bad").write_text("of another time")
     assert check_index(path, num_workers) == 0
     assert re.fullmatch(r"100 images decoded in \d+\.\d s, \d+ img/s: all are good\n", capsys.readouterr().out)
-    assert sorted(os.listdir(tmp_path)) == ["data", "images.idx"]
+    assert sorted(os.listdir(tmp_path)) == ["data", "images.idx", "images.idx.checked"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -75,7 +75,7 @@ def test_no_index(tmp_path):
 def test_a_list_that_cannot_be_written(tmp_path, monkeypatch):
     path = make_index(tmp_path, {"x.jpg": GOOD})
     monkeypatch.setattr(checking, "aside", lambda path: tmp_path / "nowhere" / path.name)
-    with pytest.raises(RunError, match="list of bad images cannot be written") as caught:
+    with pytest.raises(RunError, match="cannot be written beside the index") as caught:
         check_index(path, 0)
     assert caught.value.exit_code == 73
 
@@ -88,7 +88,7 @@ def test_a_decoder_that_falls(tmp_path, monkeypatch):
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(checking, "decode", fall)
+    monkeypatch.setattr(checking, "check", fall)
     with pytest.raises(RunError, match=r"a decoding process ended .*one of the images from '.*000.jpg' on"):
         check_index(path, 2)
 

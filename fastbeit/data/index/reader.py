@@ -60,7 +60,7 @@ class Index:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.location = path
         columns, metadata = _map_columns(path)
         self.root = Path(metadata["root"])
         self.class_names: list[str] = metadata["class_names"]
@@ -77,7 +77,7 @@ class Index:
 
     def __reduce__(self):
         # a worker process maps the file itself
-        return Index, (self._path,)
+        return Index, (self.location,)
 
     def name(self, i: int) -> str:
         """What to call image i: its path, or its shard's and its name in there."""
