@@ -129,7 +129,12 @@ def _carry_out(
             try:
                 made = views.end()
             except DaliError as err:
-                read, made = _recover(plans.index, views, checks, work, job, read, threads.map, err)
+                try:
+                    read, made = _recover(plans.index, views, checks, work, job, read, threads.map, err)
+                except DaliError as again:
+                    raise RunError(
+                        f"DALI gave up on images that had been checked; take data.pipeline=torch: {again}"
+                    ) from err
             yield job, read, made
 
 
@@ -139,7 +144,7 @@ def _recover(
     """What was read for a job at which DALI failed, and its views.
 
     Raises:
-        RunError: DALI fails again, and at no single image.
+        DaliError: DALI fails again, and not because of single images.
     """
     # the failed one, and perhaps the next
     _, *waiting = views.restart()
@@ -148,15 +153,12 @@ def _recover(
     told = f"DALI failed ({err}); " + (f"bad: {'; '.join(found)}" if found else "every file of this batch is valid")
     try:
         made = views.make(work.given(job, read))
-    except DaliError as again:
+    except DaliError:
         refused = _refused(views, work.given(job, read))
         checks.refused |= refused
         views.restart()
         read = list(work.read(job, checks.full, map))
-        try:
-            made = views.make(work.given(job, read))
-        except DaliError:
-            raise RunError(f"DALI gave up on images that had been checked; take data.pipeline=torch: {again}") from err
+        made = views.make(work.given(job, read))
         told += "; from now on decoded without it: " + ", ".join(index.name(row) for row in sorted(refused))
     print(f"{told}; its pipeline was built again", file=sys.stderr, flush=True)
     for given in waiting:

@@ -74,7 +74,10 @@ class Views:
         self._begun.clear()
         # the old one goes before the new one takes its memory
         self._pipeline = self._problem = None
-        self._pipeline = self._build()
+        try:
+            self._pipeline = self._build()
+        except Exception as err:
+            raise _dali_error(err) from err
         return left
 
     def begin(self, given: Given) -> None:

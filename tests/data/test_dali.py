@@ -263,6 +263,21 @@ def test_it_says_what_to_do_when_nothing_helps(index, faulty):
         batches(index, **OPTIONS)
 
 
+def test_it_says_so_too_when_there_is_no_other_pipeline(index, monkeypatch):
+    refused_by_dali(index.path(4))
+    built, build = [], graph.Views._build
+
+    def build_once(views: Any) -> Any:
+        if built:
+            raise RuntimeError("an error of the device, which lasts")
+        built.append(1)
+        return build(views)
+
+    monkeypatch.setattr(graph.Views, "_build", build_once)
+    with pytest.raises(RunError, match="DALI gave up on .*: an error of the device, which lasts"):
+        batches(index, **OPTIONS)
+
+
 def test_a_training_goes_on_and_lists_the_file(tmp_path, monkeypatch):
     from fastbeit.jobs.pretrain import pretrain
 
