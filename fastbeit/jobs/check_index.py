@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,18 +9,17 @@ from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from fastbeit.data.decode import check
 from fastbeit.data.index.checked import checked_path, write_checked
 from fastbeit.data.index.reader import Index, open_index
+from fastbeit.data.progress import Progress
 from fastbeit.data.workers import load_items
 from fastbeit.errors import CANNOT_CREATE, DATA_LIMIT, DONE, BadImage, RunError
 from fastbeit.files import aside, put_in_place
 from fastbeit.train.stop import Stop
 
 TOGETHER, TOGETHER_AT_MOST = 32, 256  # images a process decodes before it answers: tenths of a second, or seconds
-SAY_EVERY_S = 10.0
 
 
 def check_index(path: Path, num_workers: int) -> int:
@@ -82,7 +80,7 @@ def _look_at_all(index: Index, num_workers: int) -> Iterator[tuple[range, Findin
     together = min(max(index.block_rows, TOGETHER), TOGETHER_AT_MOST)
     parts = [range(first, min(first + together, len(index))) for first in range(0, len(index), together)]
     answers = load_items(Looks(index), parts, num_workers)
-    with Stop() as stop, contextlib.closing(answers), Progress(len(index)) as progress:
+    with Stop() as stop, contextlib.closing(answers), Progress("decoding", len(index)) as progress:
         for part in parts:
             try:
                 found = next(answers)
@@ -113,33 +111,3 @@ class Looks(Dataset):
                 mean_grey.append(math.nan)
                 bad.append((i, str(err)))
         return Findings(mean_grey, bad)
-
-
-class Progress:
-    """A bar with img/s and the time left, or a line now and then where no terminal looks on."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.bad = total, 0, 0
-        self.began = self.said = time.perf_counter()
-        self.bar = tqdm(total=total, desc="decoding", unit="img", dynamic_ncols=True, disable=not sys.stderr.isatty())
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def advance(self, num_images: int, num_bad: int) -> None:
-        self.done, self.bad = self.done + num_images, self.bad + num_bad
-        self.bar.set_postfix(bad=self.bad, refresh=False)
-        self.bar.update(num_images)
-        now = time.perf_counter()
-        if self.bar.disable and now - self.said > SAY_EVERY_S:
-            self.said = now
-            rate = self.done / (now - self.began)
-            left = tqdm.format_interval((self.total - self.done) / rate)
-            print(
-                f"{self.done:,}/{self.total:,} img  {self.bad:,} bad  {rate:.0f} img/s  ETA {left}",
-                file=sys.stderr,
-                flush=True,
-            )

@@ -95,7 +95,7 @@ def test_a_decoder_that_falls(tmp_path, monkeypatch):
 
 def test_it_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     path = make_index(tmp_path, {f"{i:03}.jpg": GOOD for i in range(90)} | {"x.jpg": NOISY})
-    monkeypatch.setattr(checking, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr("fastbeit.data.progress.SAY_EVERY_S", 0.0)
     check_index(path, 0)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" img")[0] for line in lines] == ["32/91", "64/91", "91/91"]
@@ -112,8 +112,9 @@ def test_it_can_be_stopped(tmp_path, number):
     photo = photos.CHINA.read_bytes()
     path = make_index(tmp_path, {f"{i:04}.jpg": photo for i in range(1500)})
     code = (
-        "import sys; from pathlib import Path; from fastbeit.jobs import check_index as check\n"
-        "check.SAY_EVERY_S = 0\n"
+        "import sys; from pathlib import Path; from fastbeit.data import progress\n"
+        "from fastbeit.jobs import check_index as check\n"
+        "progress.SAY_EVERY_S = 0\n"
         "try: check.check_index(Path(sys.argv[1]), 2)\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
     )

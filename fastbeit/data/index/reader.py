@@ -84,6 +84,11 @@ class Index:
         name = os.fsdecode(self._file_path(i))
         return f"{name}: {os.fsdecode(self._name('member', i))}" if self._in_shards else name
 
+    def inner_name(self, i: int) -> bytes:
+        """The name of image i in its shard; of one that is a file by itself: its path below the root, or an absolute
+        one."""
+        return self._name("member", i) if self._in_shards else self._name("file", self.file_of(i))
+
     def path(self, i: int) -> Path:
         """The file that holds image i, alone or among others."""
         return Path(os.fsdecode(self._file_path(i)))
@@ -209,6 +214,14 @@ def open_index(path: Path) -> Index:
         DataError: there is no such file, it is none of ours, or it is cut short.
     """
     return Index(path)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file is an index, of any version."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'"format": "fastbeit-index' in file.read(256)
 
 
 def _expect(data: bytes, wanted: int, size: int) -> bytes:
