@@ -27,7 +27,7 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE = 16384
 FORMATS = "JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"
 JPEG_MAGIC, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
-END_BYTES = 1 << 16  # that a JPEG's end is looked for in: cameras append data
+TAIL_BYTES = 64, 1 << 16  # an image's end is looked for in so many last bytes: cameras append data to a JPEG
 # baseline, extended and progressive, by Huffman or arithmetic codes; of a lossless JPEG that it is to reduce TurboJPEG
 # writes every pixel, past the end of the array
 FRAMES = b"\xc0\xc1\xc2\xc9\xca"
@@ -137,7 +137,7 @@ def check_ends(data: bytes, size: tuple[int, int], mean_grey: float) -> Checked:
     grey or garbled pixels without a word.
     """
     plain = _plain_jpeg_size(data)
-    if plain is None or _orientation(data) in TRANSPOSES or not check_end(data, data[-END_BYTES:]):
+    if plain is None or _orientation(data) in TRANSPOSES or not has_end(data):
         return check(data, size)
     _expect(plain, size)
     return Checked(data, mean_grey)
@@ -183,6 +183,11 @@ def _in_header(image: Image.Image, file: BinaryIO) -> bool:
             return False
         place, seen = place + 12 + int.from_bytes(head[:4], "big"), head[4:]
     return True
+
+
+def has_end(data: bytes) -> bool:
+    """`check_end` of a whole file."""
+    return any(check_end(data, data[-num_bytes:]) for num_bytes in TAIL_BYTES)
 
 
 def check_end(data: bytes, tail: bytes) -> bool:
