@@ -1,6 +1,5 @@
 """Shards hold what the source held, smaller; whatever happens meanwhile."""
 
-import io
 import json
 import os
 import signal
@@ -13,11 +12,9 @@ import pytest
 from PIL import Image
 
 from fastbeit.cli import main
-from fastbeit.data.decode import decode
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.index.scan import build_index
-from fastbeit.data.shrink import shrink
-from fastbeit.errors import BadImage, RunError
+from fastbeit.errors import RunError
 from fastbeit.jobs import shard as sharding
 from helpers import photos
 from helpers.archived import write_tar
@@ -64,51 +61,6 @@ def source(tmp_path_factory) -> Path:
     files |= {f"odd/{name}": data for name, (data, _) in photos.odd_files().items()}
     files[os.fsdecode(b"odd/\xe9t\xe9.jpg")] = photos.encoded(photos.small_photo())
     return folder_of(tmp_path_factory.mktemp("source") / "data", files)
-
-
-# ---- one image
-
-
-def test_the_shorter_side_is_made_as_long_as_wanted_and_the_longer_follows():
-    for size in ((300, 500), (500, 300), (301, 301)):
-        data = photos.encoded(photos.small_photo(*size))
-        made = shrink(data, size, 200, 90)
-        assert min(made.size) == 200 and not made.is_copy
-        assert max(made.size) == round(200 * max(size) / min(size))
-        with Image.open(io.BytesIO(made.data)) as image:
-            assert (image.height, image.width) == made.size and image.format == "JPEG"
-    # a line keeps at least its pixel
-    assert shrink(photos.encoded(photos.small_photo(3, 500), "PNG"), (3, 500), 1, 90).size == (1, 167)
-
-
-@pytest.mark.parametrize("name", photos.odd_files())
-def test_it_is_upright_and_white_as_training_decodes_it(name):
-    data, _ = photos.odd_files()[name]
-    size = photos.odd_files()[name][1].shape[:2]
-    made = shrink(data, size, 512, 100)
-    is_jpeg = data.startswith(b"\xff\xd8\xff")
-    assert made.is_copy == is_jpeg and (made.data == data) == is_jpeg and made.size == size
-    if "bilevel" not in name and "rgba" not in name:
-        # half of the chroma is gone; dithering has much of it
-        assert np.abs(decode(made.data, size).astype(int) - decode(data, size)).mean() < 3
-    smaller = shrink(data, size, max(1, min(size) // 2), 100)
-    with Image.open(io.BytesIO(smaller.data)) as image:
-        assert (image.height, image.width) == smaller.size and 0x0112 not in image.getexif()
-        box = Image.fromarray(decode(data, size)).resize((image.width, image.height), Image.Resampling.LANCZOS)
-        if min(image.size) > 8 and "bilevel" not in name and "rgba" not in name:
-            assert np.abs(np.asarray(image, int) - np.asarray(box)).mean() < 4
-
-
-def test_quality_is_respected():
-    data = photos.CHINA.read_bytes()
-    sizes = [len(shrink(data, (427, 640), 200, quality).data) for quality in (50, 75, 90, 100)]
-    assert sizes == sorted(set(sizes))
-
-
-@pytest.mark.parametrize("max_side", [100, 5000])
-def test_what_is_bad_is_bad_here_too(max_side):
-    with pytest.raises(BadImage, match="corrupt"):
-        shrink(photos.mid_corrupt_jpeg(), (427, 640), max_side, 90)
 
 
 # ---- a data set
@@ -197,6 +149,21 @@ def test_archives_and_absolute_names_and_names_of_no_image(tmp_path):
     assert shards_of(tmp_path / "lists/list.txt", tmp_path / "out2") == 0
     found = names_of(index_of(tmp_path / "out2", tmp_path / "after.idx"))
     assert found == ["data/a.jpg", f"{tmp_path}/data/b.jpg".lstrip("/")]
+
+
+def test_a_table_keeps_the_names_of_its_classes(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    noted = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": ["owl", "cat"]}}}}
+    images = [{"bytes": photos.encoded(photos.small_photo(24, 30 + i), "PNG"), "path": None} for i in range(3)]
+    struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table({"image": pa.array(images, struct), "label": pa.array([0, 1, -1], pa.int64())})
+    table = table.replace_schema_metadata({b"huggingface": json.dumps(noted).encode()})
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert shards_of(tmp_path / "train.parquet", tmp_path / "out") == 0
+    after = index_of(tmp_path / "out", tmp_path / "after.idx")
+    assert names_of(after) == ["row 0.jpg", "row 1.jpg", "row 2.jpg"] and after.widths.tolist() == [30, 31, 32]
+    # numbers are those of the sorted names
+    assert classes_of(after) == ["owl", "cat", None] and after.class_names == ["cat", "owl"]
 
 
 def test_an_index_is_a_source(source, tmp_path):
