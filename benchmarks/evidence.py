@@ -28,6 +28,8 @@ COMMANDS = {
     "data": "python -m benchmarks.data --only photos large tar",
     "fidelity": "python -m benchmarks.data --only fidelity",
     "glue": "python -m benchmarks.data --only glue --batch 256",
+    "host": "python -m benchmarks.data --only host --batch 256",
+    "shards": "python -m benchmarks.data --only large shards --who 'ours, torch'",
     "tokenizer": "python -m benchmarks.tokenizer",
     "one_core": "python -m benchmarks.tokenizer --only encode --threads 1 --batch 4",
     "masks": "python -m benchmarks.masks",
@@ -85,6 +87,13 @@ def data(results: Results) -> list[list[str]]:
     def peak(who: str) -> float:
         return max(row["peak_mib"] for row in results.rows("data", "photos", who=who))
 
+    def rate(part: str, jitter: str) -> float:
+        row = results.one("shards", part, who="ours, torch", work="two views", jitter=jitter)
+        return row["img_per_s_core"]
+
+    def host(who: str) -> float:
+        return results.one("host", "host", who=who)["img_per_s"]
+
     return [
         ["photos of 500 x 375", f"{times(results, 'photos')} times", COMMANDS["data"]],
         ["photos of 3 megapixels", f"{times(results, 'large')} times", COMMANDS["data"]],
@@ -93,6 +102,16 @@ def data(results: Results) -> list[list[str]]:
             "what is not pixels (order, boxes, masks, look-ups): share of a core at that rate",
             " / ".join(f"{glue(jitter):.1%}" for jitter in JITTERS),
             COMMANDS["glue"],
+        ],
+        [
+            "all but pixels, in one process, decoding stubbed, images a second: torch / DALI, images checked",
+            " / ".join(f"{host(who):,.0f}" for who in ("torch", "dali")),
+            COMMANDS["host"],
+        ],
+        [
+            "photos of 3 megapixels in shards of `fastbeit shard`, over the photos themselves, torch",
+            " / ".join(f"{rate('shards', jitter) / rate('large', jitter):.1f}" for jitter in JITTERS) + " times",
+            COMMANDS["shards"],
         ],
         [
             "peak memory of the loading process: fastbeit / the authors' transform / DALI on the CPU",

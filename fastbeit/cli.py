@@ -17,6 +17,7 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit demo [--data DIR]                       photos to pictures of what was learnt, in minutes, on a CPU
   fastbeit index SOURCE -o images.idx              list the images of a folder, of shards, of tables
   fastbeit index check images.idx                  decode them all, list the bad ones
+  fastbeit shard SOURCE -o shards/                 copy them into tar shards of small JPEGs, which load faster
   fastbeit tokenizer train --data images.idx -o DIR
                                                    train a dVAE of your own on them
   fastbeit tokenizer fetch -o DIR                  or take OpenAI's, of the paper: downloaded,
@@ -145,6 +146,39 @@ def _check_index(args: list[str]) -> int:
     return check_index(options.index, max(1, options.workers))
 
 
+def _shard(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit shard",
+        description="Copy images into tar shards of small JPEGs, which load faster; the same command again continues. "
+        "JPEGs that are small enough are copied as they are; bad images are left out and listed.",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="as for `fastbeit index`, or an index")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    parser.add_argument(
+        "--max-side",
+        type=int,
+        default=512,
+        metavar="N",
+        help="pixels that the shorter side of an image has at most; the longer one follows (512)",
+    )
+    parser.add_argument("--quality", type=int, default=90, choices=range(1, 101), metavar="Q", help="of JPEG (90)")
+    parser.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="size of a shard (256)")
+    parser.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes (a core each)")
+    options = parser.parse_args(args)
+    if min(options.max_side, options.shard_mb) < 1:
+        parser.error("--max-side and --shard-mb want at least 1")
+
+    from fastbeit.jobs.shard import Settings, shard
+
+    settings = Settings(
+        source=str(options.source.absolute()),
+        max_side=options.max_side,
+        quality=options.quality,
+        shard_mb=options.shard_mb,
+    )
+    return shard(options.source, options.output, settings, max(1, options.workers), ["fastbeit", "shard", *args])
+
+
 def _tokenizer(args: list[str]) -> int:
     actions = {"train": _train_tokenizer, "import": _import_tokenizer, "fetch": _fetch_tokenizer}
     parser = argparse.ArgumentParser("fastbeit tokenizer", description="Make what gives images their visual tokens.")
@@ -257,6 +291,7 @@ def _demo(args: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "index": _index,
+    "shard": _shard,
     "tokenizer": _tokenizer,
     "tokenize": _tokenize,
     "data": _data,

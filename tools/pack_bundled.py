@@ -44,7 +44,7 @@ def measure(held_out: Path, size: int) -> dict[str, float]:
     """On random crops without jitter, of 8 to 100 % of a picture."""
     batch_size, num_batches = CROPS
     batches = make_loader(
-        DataConfig(image_size=(size, size), jitter=0, tail="wrap", num_workers=1),
+        DataConfig(image_size=(size, size), jitter=0, tail="wrap", num_workers=1, pipeline="torch"),
         open_index(held_out),
         token_size=None,
         batch_size=batch_size,

@@ -4,6 +4,8 @@
               two views; without jitter, with jitter of the whole image, with jitter of the crop
     large     the same of 2 to 4 megapixels, two views
     tar       two views, out of a tar
+    shards    the photos of `large` as `fastbeit shard` writes them, two views
+    host      the loader with decoding stubbed, in one process
     glue      what is neither decoding nor resizing nor jitter: order and boxes, masks, index and reading, batches
     fidelity  PSNR against the Pillow pipeline, and the share of tokens that stay the same
 
@@ -37,6 +39,7 @@ from PIL import Image
 from benchmarks.card import environment
 from benchmarks.data import official
 from benchmarks.data.contestants import CONTESTANTS, Player, Task, Turn, masks_of, open_loader
+from benchmarks.data.host import AIM_IMG_PER_S, host
 from fastbeit.config.sections import DataConfig
 from fastbeit.data.batch import Batch
 from fastbeit.data.demo_photos import FOLDERS, HELD_OUT, TRAINING
@@ -44,6 +47,7 @@ from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.plans import Plans
 from fastbeit.data.reading import batch_of, read_step
+from fastbeit.jobs.shard import Settings, shard
 from fastbeit.tokenizer.disk import load_tokenizer
 
 Row = dict[str, Any]
@@ -182,6 +186,16 @@ def tar(args: argparse.Namespace, folder: Path) -> list[Row]:
     return compete(args, [Task(folder / "tar.idx", False, args.batch, 2, jitter) for jitter in JITTERS[1:]])
 
 
+def shards(args: argparse.Namespace, folder: Path) -> list[Row]:
+    if args.photos:
+        return [dict(who="all", note="left out: make shards of your photos, and give them as --photos")]
+    settings = Settings(source="large", max_side=512, quality=90, shard_mb=256)
+    shard(folder / "large.idx", folder / "shards", settings, 1, ["fastbeit", "shard"])
+    build_index(folder / "shards", folder / "shards.idx", progress=False)
+    works = [(0, "off"), *((2, jitter) for jitter in JITTERS)]
+    return compete(args, [Task(folder / "shards.idx", False, max(2, args.batch // 8), *work) for work in works])
+
+
 def glue(args: argparse.Namespace, folder: Path) -> list[Row]:
     """Microseconds an image of each piece, and their share of a loader that takes turns with them."""
     index, rows = open_index(folder / "photos.idx"), []
@@ -282,6 +296,11 @@ def aims(found: dict[str, list[Row]]) -> list[Row]:
     for row in found.get("glue", []):
         if row["who"] == "glue, sum":
             judge(f"share of glue, jitter {row['jitter']}, under", row["share"], AIM_GLUE, row["share"] < AIM_GLUE)
+    for row in found.get("host", []):
+        # a worker hands over to a process that has others
+        if row["who"] in ("torch", "dali") and "img_per_s" in row:
+            rate = row["img_per_s"]
+            judge(f"img/s of the host, {row['who']}, at least", rate, AIM_IMG_PER_S, rate >= AIM_IMG_PER_S)
     for row in found.get("fidelity", []):
         worst = min(row["patch_view_db"], row["token_view_db"])
         judge(f"dB, {row['who']}, jitter {row['jitter']}, at least", worst, AIM_DB, worst >= AIM_DB)
@@ -322,6 +341,8 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], list[Row]]] = {
     "photos": photos,
     "large": large,
     "tar": tar,
+    "shards": shards,
+    "host": host,
     "glue": glue,
     "fidelity": fidelity,
 }

@@ -2,7 +2,7 @@
 
 Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the authors' code)."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,7 @@ class Config(Section):
     """One pre-training run."""
 
     renamed: ClassVar[dict[str, str]] = {"data.views": "data.num_crops", "log.val_views": "log.val_crops"}
+    earlier: ClassVar[dict[str, Any]] = {"data.pipeline": "torch"}
 
     out: str = Field(
         default="", description="run directory: config, log, checkpoints; the same again continues the run"

@@ -24,8 +24,28 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
 
 
 def load_saved(model: type[S], path: Path) -> S:
-    """What `save_config` wrote, in this version or an earlier one: keys that are new since have their defaults."""
-    return configure(model, [], _read_yaml(path))
+    """What `save_config` wrote, in this version or an earlier one: keys that are new since have their defaults, or
+    what was done before there was the key."""
+    return configure(model, [], _read_saved(model, path))
+
+
+def saved_pipeline(model: type[S], path: Path) -> str | None:
+    """`data.pipeline` alone of what `save_config` wrote, whatever is wrong with the rest; None: it is not there."""
+    try:
+        data = _read_saved(model, path).get("data")
+    except (ConfigError, OSError):
+        return None
+    return data.get("pipeline") if isinstance(data, dict) else None
+
+
+def _read_saved(model: type[S], path: Path) -> dict[str, Any]:
+    values = _read_yaml(path)
+    for key, value in model.earlier.items():
+        section, _, leaf = key.partition(".")
+        place = values.setdefault(section, {})
+        if isinstance(place, dict):
+            place.setdefault(leaf, value)
+    return values
 
 
 def configure(model: type[S], overrides: list[str], values: dict[str, Any] | None = None) -> S:

@@ -42,11 +42,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 AutoCount = Annotated[Count | Literal["auto"], WrapValidator(_auto_or_count)]
+Pipeline = Literal["auto", "torch", "dali", "pillow"]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     renamed: ClassVar[dict[str, str]] = {}  # keys of earlier versions, dotted: what they are called now
+    earlier: ClassVar[dict[str, Any]] = {}  # new keys, dotted: what was done before, where that is not their default
 
 
 class DataConfig(Section):
@@ -84,7 +86,11 @@ class DataConfig(Section):
         description="directory of tokens made by `fastbeit tokenize`; wants num_crops > 0. No tokenizer is loaded, but "
         "for the time of a validation: the one that made them, from tokenizer.path. Empty: tokens are made on the fly",
     )
-    pipeline: Literal["torch", "dali", "pillow"] = Field(default="torch", description="who decodes and resizes")
+    pipeline: Pipeline = Field(
+        default="auto",
+        description="who decodes and resizes; auto: what the run, or data.tokens, was begun with; at the very start "
+        "dali on cuda where it is installed, else torch",
+    )
     num_workers: int = Field(
         default=4, ge=0, description="decoding processes a rank; 0: decode in the training process"
     )

@@ -1,7 +1,7 @@
 """Size, schedule and data of one training of a dVAE (arXiv 2102.12092, A.2)."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from fastbeit.config.sections import (
     EngineConfig,
     LogConfig,
     OptimConfig,
+    Pipeline,
     Positive,
     Section,
     Size,
@@ -64,6 +65,7 @@ class CropsConfig(Section):
         default=(0.08, 1.0), description="share of the image that a crop takes"
     )
     jitter: float = Field(default=0.4, ge=0, le=1, description="as in pre-training")
+    pipeline: Pipeline = Field(default="auto", description="as in pre-training")
     num_workers: int = Field(
         default=4, ge=0, description="decoding processes a rank; 0: decode in the training process"
     )
@@ -115,6 +117,7 @@ class TokenizerTrainConfig(Section):
         | {name: f"optim.{name}" for name in ("batch_size", "steps", "lr")}
         | {"precision": "engine.precision", "log_every": "log.every", "save_every": "log.save_every"}
     )
+    earlier: ClassVar[dict[str, Any]] = {"data.pipeline": "torch"}
 
     seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run comes from it")
     profile: bool = Field(default=False, description="write a torch.profiler trace of a few steps to DIR/profile.json")

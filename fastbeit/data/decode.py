@@ -27,6 +27,7 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE = 16384
 FORMATS = "JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"
 JPEG_MAGIC, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+TAIL_BYTES = 64, 1 << 16  # an image's end is looked for in so many last bytes: cameras append data to a JPEG
 # baseline, extended and progressive, by Huffman or arithmetic codes; of a lossless JPEG that it is to reduce TurboJPEG
 # writes every pixel, past the end of the array
 FRAMES = b"\xc0\xc1\xc2\xc9\xca"
@@ -49,7 +50,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 @dataclass(frozen=True)
 class Checked:
-    """An image file that a decoder which must not fail can take."""
+    """An image file that DALI can take."""
 
     encoded: bytes
     mean_grey: float  # of the whole image, in [0, 255]
@@ -106,7 +107,7 @@ def decode_reference(data: bytes, size: tuple[int, int]) -> Image.Image:
 
 
 def check(data: bytes, size: tuple[int, int]) -> Checked:
-    """Make sure of an image before DALI sees it: one bad file ends a DALI pipeline for good.
+    """Make sure of an image before DALI sees it, which garbles most damaged JPEGs and says nothing.
 
     A plain, upright JPEG is entropy-decoded whole, at 1/8 of its size, and goes on as it is; anything else is decoded
     here and goes on as PNM, so that every rule of this module holds in DALI too. Not caught: damage that is still a
@@ -117,8 +118,29 @@ def check(data: bytes, size: tuple[int, int]) -> Checked:
         _expect(plain, size)
         return Checked(data, mean_grey(_scan_jpeg(data), size, 8))
     pixels = decode(data, size)
-    header = b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0])
-    return Checked(header + pixels.tobytes(), mean_grey(pixels, size))
+    return Checked(_pnm(pixels), mean_grey(pixels, size))
+
+
+def unpack(checked: Checked, size: tuple[int, int]) -> Checked:
+    """The same image as PNM, decoded here; to the pixels of DALI on a CPU, where libjpeg-turbo decodes for both."""
+    return Checked(_pnm(decode(checked.encoded, size)), checked.mean_grey)
+
+
+def _pnm(pixels: np.ndarray) -> bytes:
+    return b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+
+
+def check_ends(data: bytes, size: tuple[int, int], mean_grey: float) -> Checked:
+    """As `check`, of an image that has passed it before: of a plain, upright JPEG header and end alone are looked at.
+
+    Its bytes are then decoded once, by DALI. Only of an image that has passed: of most damage in the middle DALI makes
+    grey or garbled pixels without a word.
+    """
+    plain = _plain_jpeg_size(data)
+    if plain is None or _orientation(data) in TRANSPOSES or not has_end(data):
+        return check(data, size)
+    _expect(plain, size)
+    return Checked(data, mean_grey)
 
 
 def mean_grey(pixels: np.ndarray, size: tuple[int, int], reduce: int = 1) -> float:
@@ -161,6 +183,11 @@ def _in_header(image: Image.Image, file: BinaryIO) -> bool:
             return False
         place, seen = place + 12 + int.from_bytes(head[:4], "big"), head[4:]
     return True
+
+
+def has_end(data: bytes) -> bool:
+    """`check_end` of a whole file."""
+    return any(check_end(data, data[-num_bytes:]) for num_bytes in TAIL_BYTES)
 
 
 def check_end(data: bytes, tail: bytes) -> bool:

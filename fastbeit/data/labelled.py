@@ -50,7 +50,7 @@ def make_labelled_loader(
         ConfigError: at once, as `make_loader`, and for data.pipeline=dali.
         DataError: at once, when an image has no label (66); while iterating, as `make_loader`.
     """
-    _check(data, index)
+    data = _check(data, index)
     if augment.num_ops:
         data = data.model_copy(update={"jitter": 0.0})
     plans = Plans(data, index, batch_size, seed, rank, world_size)
@@ -69,7 +69,7 @@ def make_eval_loader(
         ConfigError: at once, for data.pipeline=dali.
         DataError: at once, when an image has no label; while iterating, when the data are gone (66).
     """
-    _check(data, index)
+    data = _check(data, index)
     starts = range(0, len(index), batch_size)
     shares = (_share(start, min(start + batch_size, len(index)), rank, world_size) for start in starts)
     return load_items(EvalBatches(data, index), shares, data.num_workers)
@@ -80,7 +80,7 @@ def _share(start: int, stop: int, rank: int, world_size: int) -> range:
     return range(start + first, start + last)
 
 
-def _check(data: DataConfig, index: Index) -> None:
+def _check(data: DataConfig, index: Index) -> DataConfig:
     if data.pipeline == "dali":
         raise ConfigError("data.pipeline=dali does no RandAugment and no centre crop; set data.pipeline=torch")
     bare = np.flatnonzero(index.labels < 0)
@@ -89,6 +89,8 @@ def _check(data: DataConfig, index: Index) -> None:
             f"{len(bare)} of {len(index)} images have no label, such as '{index.name(int(bare[0]))}'; give each one (a "
             "folder named as its class, a .cls member beside it, a label column) and make the index again"
         )
+    # there is none to choose from beside it
+    return data.model_copy(update={"pipeline": "torch"}) if data.pipeline == "auto" else data
 
 
 class TrainingBatches(Dataset):

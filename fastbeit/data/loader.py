@@ -4,6 +4,7 @@ torch: simplejpeg and torch's antialiased resize. dali: NVIDIA DALI. pillow: as 
 """
 
 import contextlib
+import importlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
@@ -45,6 +46,7 @@ def make_loader(
         ConfigError: at once, when the images do not fill a batch or the ranks do not divide it.
         DataError: while iterating: the folder is gone or no image is valid (66), too many bad ones (65).
     """
+    _refuse_auto(data)
     plans = Plans(data, index, batch_size, seed, rank, world_size)
     rule = Rule(data.image_size, token_size, data.jitter_on)
     steps = range(first_step, num_steps)
@@ -67,6 +69,7 @@ def make_token_loader(
     Raises:
         ConfigError, DataError: as `make_loader`, but a bad image is listed, not replaced.
     """
+    _refuse_auto(data)
     plans = Plans(data, index, 1, seed, 0, 1)
     rule = Rule(data.image_size, token_size, data.jitter_on, patch_view=False)
     items = (part[start : start + together] for part in rows for start in range(0, len(part), together))
@@ -75,12 +78,25 @@ def make_token_loader(
     return load_items(CpuTokenViews(plans, rule), items, data.num_workers)
 
 
-def _import_dali() -> Any:
+def why_no_dali() -> str | None:
+    """Why DALI cannot be used here; None: it can."""
     try:
-        from fastbeit.data import dali
-    except ModuleNotFoundError as err:
-        raise ConfigError(f"data.pipeline=dali: {err}; pip install 'fastbeit[gpu]', or data.pipeline=torch") from None
-    return dali
+        importlib.import_module("nvidia.dali.fn")
+    except (ImportError, OSError, RuntimeError) as err:
+        # the latter two where a library that it is linked to is missing, or does not fit
+        return str(err)
+    return None
+
+
+def _import_dali() -> Any:
+    if problem := why_no_dali():
+        raise ConfigError(f"data.pipeline=dali: {problem}; pip install 'fastbeit[gpu]', or data.pipeline=torch")
+    return importlib.import_module("fastbeit.data.dali")
+
+
+def _refuse_auto(data: DataConfig) -> None:
+    if data.pipeline == "auto":
+        raise ValueError("wanted data.pipeline by name, got auto; `train.pipeline.settle_pipeline` gives it a name")
 
 
 def torch_photo(data: bytes, size: Size, plans: Iterable[np.void], rule: Rule) -> list[list[np.ndarray]]:
@@ -120,7 +136,7 @@ class CpuBatches(Dataset):
         images, *token_images = (torch.from_numpy(output) for output in outputs)
         return batch_of(drawn, found, images, *(token_images or [None]))
 
-    def _photo(self, data: bytes, size: Size, plan: np.void) -> list[np.ndarray]:
+    def _photo(self, row: int, data: bytes, size: Size, plan: np.void) -> list[np.ndarray]:
         (views,) = self.photo(data, size, [plan], self.rule)
         return views
 
@@ -136,11 +152,14 @@ class CpuTokenViews(Dataset):
         ((token_size, _),) = self.rule.views()
         images, bad = np.zeros((len(rows), self.plans.data.num_crops, *token_size, 3), np.uint8), []
         with _one_thread():
-            for place, views, reasons in read_rows(self.plans, rows, partial(self.photo, rule=self.rule)):
+            for place, views, reasons in read_rows(self.plans, rows, self._photo):
                 bad += reasons
                 if not reasons:
                     images[place] = np.concatenate(views)
         return TokenViews(rows, torch.from_numpy(images), bad)
+
+    def _photo(self, row: int, data: bytes, size: Size, plans: np.ndarray) -> list[list[np.ndarray]]:
+        return self.photo(data, size, plans, self.rule)
 
 
 @contextlib.contextmanager

@@ -43,9 +43,9 @@ def bad_limit(num_images: int) -> int:
 
 
 def read_step(
-    plans: Plans, drawn: Drawn, make: Callable[[bytes, Size, np.void], Any], map: Map = map
+    plans: Plans, drawn: Drawn, make: Callable[[int, bytes, Size, np.void], Any], map: Map = map
 ) -> Iterator[Found]:
-    """What `make` makes of each image of a step: of its bytes, its size and its record of PLAN; it raises `BadImage`.
+    """What `make` makes of each image of a step: of its row, bytes, size and record of PLAN; it raises `BadImage`.
 
     Raises:
         DataError: while iterating: the folder is gone, no image is valid, or more are bad in a row than a run may have.
@@ -71,7 +71,7 @@ def _find(plans: Plans, wanted: int, epoch: int, plan: np.void, make: Callable) 
 
 
 def read_rows(
-    plans: Plans, rows: range, make: Callable[[bytes, Size, np.ndarray], Any], map: Map = map
+    plans: Plans, rows: range, make: Callable[[int, bytes, Size, np.ndarray], Any], map: Map = map
 ) -> Iterator[Attempt]:
     """What `make` makes of each of some rows of the index, given all K of its plans."""
     augmented = plans.augment_crops(rows)
@@ -88,7 +88,7 @@ def read_rows(
 
 def _make(plans: Plans, i: int, plan: Any, make: Callable) -> Any:
     index = plans.index
-    return make(index.read_bytes(i), (int(index.heights[i]), int(index.widths[i])), plan)
+    return make(i, index.read_bytes(i), (int(index.heights[i]), int(index.widths[i])), plan)
 
 
 def plans_of(found: Sequence[Found]) -> np.ndarray:

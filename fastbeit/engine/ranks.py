@@ -76,16 +76,21 @@ class World:
             dist.destroy_process_group()
 
 
-def start_world(engine: EngineConfig) -> World:
-    """Join the ranks that the `deepspeed` launcher or torchrun started; without a launcher there is one."""
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHER.items())
+def device_of(engine: EngineConfig, local_rank: int = 0) -> torch.device:
+    """The device of a rank, by the number that it has on its machine."""
     has_cuda = torch.cuda.is_available()
     if engine.device == "cuda" and not has_cuda:
         raise RunError("engine.device=cuda, but PyTorch sees no CUDA device; set engine.device=cpu", USAGE)
-    on_cuda = has_cuda and engine.device != "cpu"
+    return torch.device("cuda", local_rank) if has_cuda and engine.device != "cpu" else torch.device("cpu")
+
+
+def start_world(engine: EngineConfig) -> World:
+    """Join the ranks that the `deepspeed` launcher or torchrun started; without a launcher there is one."""
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHER.items())
+    device = device_of(engine, local_rank)
+    on_cuda = device.type == "cuda"
     if engine.name == "single" and size > 1:
         raise RunError(f"engine.name=single runs on one rank, but {size} were started; set engine.name=ddp", USAGE)
-    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:

@@ -1,5 +1,6 @@
 """A run that was trained: its newest checkpoint, opened, and what it knows of images that it has not seen."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import load_saved
 from fastbeit.data.index.reader import Index, open_index
+from fastbeit.data.loader import why_no_dali
 from fastbeit.engine.ranks import World
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError
 from fastbeit.evaluate.masked import evaluate, token_histogram, unigram_baseline
@@ -71,7 +73,7 @@ def open_run(run: Path) -> Trained:
     if not (run / "config.yaml").is_file():
         raise RunError(f"'{run}' is no run directory: it has no config.yaml", USAGE)
     checkpoint = resolve_checkpoint(run)
-    config, state = load_saved(Config, run / "config.yaml"), load_state(checkpoint)
+    config, state = _with_a_pipeline(load_saved(Config, run / "config.yaml")), load_state(checkpoint)
     if config.objective == "tokens" and not Path(config.tokenizer.path).exists():
         raise RunError(f"the run's tokenizer '{config.tokenizer.path}' is gone", DATA_MISSING)
     world = World(rank=0, size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -93,6 +95,14 @@ def open_run(run: Path) -> Trained:
         index=open_index(Path(config.data.index)),
         val_index=open_index(Path(config.data.val_index)) if config.data.val_index else None,
     )
+
+
+def _with_a_pipeline(config: Config) -> Config:
+    """Measured by the pipeline that it was trained by; where that is DALI, and not here, by torch."""
+    if config.data.pipeline != "dali" or not (problem := why_no_dali()):
+        return config
+    print(f"pipeline: torch (the run's was dali: {problem}); figures differ a little", file=sys.stderr)
+    return config.model_copy(update={"data": config.data.model_copy(update={"pipeline": "torch"})})
 
 
 def measure(run: Trained, num_crops: int) -> Figures:

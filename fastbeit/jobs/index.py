@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fastbeit.data.index.checked import checked_path
 from fastbeit.data.index.scan import build_index
 from fastbeit.errors import DONE
 
@@ -15,8 +16,9 @@ def index(source: Path, output: Path) -> int:
     summary = build_index(source, output)
     print(summary)
     listed = output.with_name(output.name + ".skipped")
-    # one of an earlier index says nothing of this one
-    listed.unlink(missing_ok=True)
+    # those of an earlier index say nothing of this one, even where it is the same: a file may have been repaired
+    for path in (listed, checked_path(output)):
+        path.unlink(missing_ok=True)
     if summary.skipped:
         listed.write_text("".join(f"{path!r}: {reason}\n" for path, reason in summary.skipped))
         print(f"skipped files are listed in {listed}")

@@ -30,6 +30,7 @@ from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Reading, check_batch, train
+from fastbeit.train.pipeline import settle_pipeline
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop
 
@@ -49,10 +50,12 @@ def pretrain(config: Config, command: list[str]) -> int:
     _check_paths(config)
     world = start_world(config.engine)
     check_batch(config.optim, world)
+    tokens = Path(config.data.tokens) if config.data.tokens else None
+    config, pipeline = settle_pipeline(config, world, Path(config.out), tokens)
     index = open_index(Path(config.data.index))
     source = open_token_source(config, index, world.device)
     chosen, lines = chosen_kernels(config, num_outputs(config, source), world)
-    task = Pretraining(chosen, world, index, source, lines)
+    task = Pretraining(chosen, world, index, source, [str(pipeline), *lines])
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         outcome = train(task, config, world, Path(config.out), stop, command)

@@ -21,10 +21,12 @@ from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import Plans, steps_per_epoch
 from fastbeit.data.sampling import JITTER_OPS
+from fastbeit.engine.ranks import World, device_of
 from fastbeit.errors import CANNOT_WRITE, ConfigError, RunError
 from fastbeit.evaluate.pictures import hide
 from fastbeit.files import aside, put_in_place
 from fastbeit.tokenizer.source import open_token_source
+from fastbeit.train.pipeline import settle_pipeline
 
 TILE = 224  # pixels; smaller views are enlarged to at most this, each pixel to a square
 GAP, LINE, FONT_SIZE = 8, 16, 12
@@ -75,6 +77,9 @@ def show(config: Config, output: Path, num_images: int) -> str:
     if num_images < 1 or output.suffix.lower() != ".png":
         raise ConfigError(f"a sheet wants at least one image and a name in .png; got {num_images} for '{output}'")
     index = open_index(Path(config.data.index))
+    world = World(rank=0, size=1, device=device_of(config.engine))
+    run, tokens = (Path(path) if path else None for path in (config.out, config.data.tokens))
+    config, pipeline = settle_pipeline(config, world, run, tokens)
     source = open_token_source(config, index, torch.device("cpu"))
     seen = see(config, index, source.token_size, num_images)
     head = f"the first {len(seen.sample)} images of training, seed {config.seed}"
@@ -88,7 +93,7 @@ def show(config: Config, output: Path, num_images: int) -> str:
     except OSError as err:
         raise RunError(f"cannot write '{output}': {err.strerror or err}", CANNOT_WRITE) from None
     replaced = [f"replaced, a bad image: {reason}" for _, reason in seen.bad]
-    return "\n".join([f"{output}: {head}", *replaced])
+    return "\n".join([f"{output}: {head}", str(pipeline), *replaced])
 
 
 def see(config: Config, index: Index, token_size: Size | None, num_images: int) -> Seen:

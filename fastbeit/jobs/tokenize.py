@@ -27,6 +27,7 @@ from fastbeit.tokenizer.precision import Chosen
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.source import load_run_tokenizer
 from fastbeit.train.bad_samples import BadSamples
+from fastbeit.train.pipeline import settle_pipeline
 from fastbeit.train.rundir import hold
 from fastbeit.train.stop import Stop
 
@@ -58,6 +59,9 @@ def tokenize(config: Config, command: list[str]) -> int:
     folder = Path(config.data.tokens or DEFAULT_FOLDER)
     world = start_world(config.engine)
     index = open_index(Path(config.data.index))
+    config, pipeline = settle_pipeline(config, world, None, folder)
+    if world.rank == 0:
+        print(pipeline)
     chosen = load_run_tokenizer(config, index, world.device)
     card = Card(
         format=FORMAT,

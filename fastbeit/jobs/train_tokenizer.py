@@ -26,6 +26,7 @@ from fastbeit.tokenizer.training.kmeans_start import solve_both_ends
 from fastbeit.tokenizer.training.objective import DvaeTrainer, gumbel_noise
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Outcome, Reading, check_batch, train
+from fastbeit.train.pipeline import Choice, settle_pipeline
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop
 
@@ -50,7 +51,9 @@ def train_tokenizer(
     """
     world = start_world(config.engine)
     check_batch(config.optim.adamw, world)
-    task = DvaeTraining(config, world, open_index(index_path), open_index(val_index_path) if val_index_path else None)
+    config, pipeline = settle_pipeline(config, world, out, None)
+    val_index = open_index(val_index_path) if val_index_path else None
+    task = DvaeTraining(config, world, open_index(index_path), val_index, pipeline)
     with claim(out, config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         outcome = train(task, config, world, out, stop, command)
@@ -83,7 +86,10 @@ class DvaeTraining:
     sums: tuple[str, ...] = ("loss", "error", "words")
     rehearsal: Rehearsal | None = None
 
-    def __init__(self, config: TokenizerTrainConfig, world: World, index: Index, val_index: Index | None) -> None:
+    def __init__(
+        self, config: TokenizerTrainConfig, world: World, index: Index, val_index: Index | None, pipeline: Choice
+    ) -> None:
+        self.pipeline = pipeline
         self.config, self.world, self.index, self.val_index = config, world, index, val_index
         self.optim = config.optim.adamw
         self.ema_decay: float | None = config.objective.ema_decay
@@ -158,7 +164,7 @@ class DvaeTraining:
         return measure_quality(_tokenizer_of(model), (batch.images for batch in batches)).figures()
 
     def greet(self, log: RunLog, model: nn.Module) -> None:
-        """Nothing is said beyond the progress."""
+        log.say(str(self.pipeline))
 
     def _calm_crops(self, num_steps: int) -> list[Batch]:
         """Without jitter, of held-out images if there are any; other crops than those of training."""

@@ -135,7 +135,7 @@ def test_a_view_is_cropped_resized_mirrored_and_augmented(index):
 
 
 def test_without_operations_it_is_pre_trainings_view(index):
-    options = {"jitter": 0.3, "crop_scale": (0.5, 1)}
+    options = {"pipeline": "torch", "jitter": 0.3, "crop_scale": (0.5, 1)}
     given = make_loader(
         config(**options),
         index,

@@ -179,7 +179,7 @@ def test_what_jitter_on_the_crop_changes(index, tokenizer, say):
 
 
 def test_dali_jitters_as_the_torch_pipeline(index):
-    dali = pytest.importorskip("fastbeit.data.dali")
+    dali = pytest.importorskip("fastbeit.data.dali_graph")
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 3, 15, 21), np.uint8))
     plans = Plans(DataConfig(), index, 1, 0, 0, 1).augment(np.zeros(8, np.int64), np.arange(8))
     for grey in (np.linspace(60, 200, 8), None):

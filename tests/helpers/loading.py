@@ -42,7 +42,7 @@ def batches(index: Index, **options) -> list[Batch]:
         pytest.importorskip("nvidia.dali")
     arguments = {"batch_size": 4, "rank": 0, "world_size": 1, "first_step": 0, "num_steps": 3, "token_size": (16, 24)}
     arguments = {name: options.pop(name, value) for name, value in arguments.items()}
-    data = DataConfig.model_validate({"image_size": (32, 48), "num_workers": 0, **options})
+    data = DataConfig.model_validate({"image_size": (32, 48), "num_workers": 0, "pipeline": "torch", **options})
     return list(make_loader(data, index, seed=5, **arguments))
 
 

@@ -33,7 +33,7 @@ def test_all_are_good(tmp_path, capsys, num_workers):
     (tmp_path / "images.idx.bad").write_text("of another time")
     assert check_index(path, num_workers) == 0
     assert re.fullmatch(r"100 images decoded in \d+\.\d s, \d+ img/s: all are good\n", capsys.readouterr().out)
-    assert sorted(os.listdir(tmp_path)) == ["data", "images.idx"]
+    assert sorted(os.listdir(tmp_path)) == ["data", "images.idx", "images.idx.checked"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -75,7 +75,7 @@ def test_no_index(tmp_path):
 def test_a_list_that_cannot_be_written(tmp_path, monkeypatch):
     path = make_index(tmp_path, {"x.jpg": GOOD})
     monkeypatch.setattr(checking, "aside", lambda path: tmp_path / "nowhere" / path.name)
-    with pytest.raises(RunError, match="list of bad images cannot be written") as caught:
+    with pytest.raises(RunError, match="cannot be written beside the index") as caught:
         check_index(path, 0)
     assert caught.value.exit_code == 73
 
@@ -88,14 +88,14 @@ def test_a_decoder_that_falls(tmp_path, monkeypatch):
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(checking, "decode", fall)
+    monkeypatch.setattr(checking, "check", fall)
     with pytest.raises(RunError, match=r"a decoding process ended .*one of the images from '.*000.jpg' on"):
         check_index(path, 2)
 
 
 def test_it_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     path = make_index(tmp_path, {f"{i:03}.jpg": GOOD for i in range(90)} | {"x.jpg": NOISY})
-    monkeypatch.setattr(checking, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr("fastbeit.data.progress.SAY_EVERY_S", 0.0)
     check_index(path, 0)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" img")[0] for line in lines] == ["32/91", "64/91", "91/91"]
@@ -112,8 +112,9 @@ def test_it_can_be_stopped(tmp_path, number):
     photo = photos.CHINA.read_bytes()
     path = make_index(tmp_path, {f"{i:04}.jpg": photo for i in range(1500)})
     code = (
-        "import sys; from pathlib import Path; from fastbeit.jobs import check_index as check\n"
-        "check.SAY_EVERY_S = 0\n"
+        "import sys; from pathlib import Path; from fastbeit.data import progress\n"
+        "from fastbeit.jobs import check_index as check\n"
+        "progress.SAY_EVERY_S = 0\n"
         "try: check.check_index(Path(sys.argv[1]), 2)\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
     )

@@ -17,6 +17,7 @@ from fastbeit.config.read import load_config
 from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.index.scan import build_index
 from fastbeit.errors import RunError
+from fastbeit.evaluate import finished_run
 from fastbeit.evaluate.finished_run import Figures, open_run
 from fastbeit.evaluate.masked import unigram_baseline
 from fastbeit.evaluate.pictures import GRAY, Look, entropy_map, hide, look_at, make_panels
@@ -51,6 +52,19 @@ class Links(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+@pytest.mark.parametrize("problem", [None, "No module named 'nvidia'"], ids=["DALI", "no DALI"])
+def test_a_run_by_dali_is_measured_where_there_is_none(make_run, monkeypatch, capsys, problem):
+    run = make_run(f"by_dali_{problem is None}", "data.pipeline=torch", "optim.steps=1")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("pipeline: torch", "pipeline: dali"))
+    monkeypatch.setattr(finished_run, "why_no_dali", lambda: problem)
+    capsys.readouterr()
+    trained = open_run(run)
+    assert trained.config.data.pipeline == ("torch" if problem else "dali")
+    said = "pipeline: torch (the run's was dali: No module named 'nvidia'); figures differ a little\n"
+    assert capsys.readouterr().err == (said if problem else "")
 
 
 @pytest.mark.parametrize("objective", ["tokens", "pixels"])

@@ -25,6 +25,7 @@ def parts(tmp_path_factory):
 
 
 def settings(parts, **overrides):
+    overrides = {"data__pipeline": "torch", **overrides}
     found = {**{key: value for key, value in parts.items() if key != "config"}, **overrides}
     return parts["config"], [f"{key.replace('__', '.')}={value}" for key, value in found.items()]
 
@@ -188,7 +189,8 @@ def test_a_bad_image_is_replaced_as_in_training_and_named(parts, tmp_path, capsy
     assert sorted(seen.sample) == [0, 1, 3, 3]
     said = capsys.readouterr().out.splitlines()
     assert "the first 4 images of training, seed 0" in said[0]
-    assert len(said) == 2 and "replaced" in said[1] and "02.jpg" in said[1]
+    assert len(said) == 3 and said[1] == "pipeline: torch (as data.pipeline says)"
+    assert "replaced" in said[2] and "02.jpg" in said[2]
 
 
 # ---- mistakes

@@ -48,7 +48,7 @@ def photos(tmp_path_factory) -> Path:
 def crops(index_path: Path, num_images: int, seed: int = 0) -> torch.Tensor:
     """uint8 [n, 32, 32, 3]"""
     loader = make_loader(
-        DataConfig(image_size=(32, 32), tail="wrap", num_workers=0),
+        DataConfig(image_size=(32, 32), tail="wrap", num_workers=0, pipeline="torch"),
         open_index(index_path),
         token_size=None,
         batch_size=num_images,

@@ -26,7 +26,7 @@ def test_it_gives_photos_back_that_it_was_not_trained_on(tmp_path):
     gather_photos(tmp_path / "photos", None)
     build_index(tmp_path / "photos/held_out", tmp_path / "held_out.idx")
     batches = make_loader(
-        DataConfig(image_size=(64, 64), jitter=0, tail="wrap", num_workers=0),
+        DataConfig(image_size=(64, 64), jitter=0, tail="wrap", num_workers=0, pipeline="torch"),
         open_index(tmp_path / "held_out.idx"),
         token_size=None,
         batch_size=32,

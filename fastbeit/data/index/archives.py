@@ -62,10 +62,13 @@ def read_tar(path: Path) -> Iterator[Member | Reason]:
 
 
 def _key(entry: Entry | Reason) -> bytes | None:
-    if not isinstance(entry, Entry):
-        return None
-    folder, _, last = entry.name.rpartition(b"/")
-    return folder + b"/" + last.split(b".")[0]
+    return key_of(entry.name) if isinstance(entry, Entry) else None
+
+
+def key_of(name: bytes) -> bytes:
+    """What the members of a sample have in common."""
+    folder, slash, last = name.rpartition(b"/")
+    return folder + slash + last.split(b".")[0]
 
 
 def _suffix(name: bytes) -> bytes:

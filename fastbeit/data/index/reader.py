@@ -60,7 +60,7 @@ class Index:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.location = path
         columns, metadata = _map_columns(path)
         self.root = Path(metadata["root"])
         self.class_names: list[str] = metadata["class_names"]
@@ -77,12 +77,17 @@ class Index:
 
     def __reduce__(self):
         # a worker process maps the file itself
-        return Index, (self._path,)
+        return Index, (self.location,)
 
     def name(self, i: int) -> str:
         """What to call image i: its path, or its shard's and its name in there."""
         name = os.fsdecode(self._file_path(i))
         return f"{name}: {os.fsdecode(self._name('member', i))}" if self._in_shards else name
+
+    def inner_name(self, i: int) -> bytes:
+        """The name of image i in its shard; of one that is a file by itself: its path below the root, or an absolute
+        one."""
+        return self._name("member", i) if self._in_shards else self._name("file", self.file_of(i))
 
     def path(self, i: int) -> Path:
         """The file that holds image i, alone or among others."""
@@ -209,6 +214,14 @@ def open_index(path: Path) -> Index:
         DataError: there is no such file, it is none of ours, or it is cut short.
     """
     return Index(path)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file is an index, of any version."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'"format": "fastbeit-index' in file.read(256)
 
 
 def _expect(data: bytes, wanted: int, size: int) -> bytes:

@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from fastbeit.data.decode import check, check_end, read_header
+from fastbeit.data.decode import TAIL_BYTES, check, check_end, read_header
 from fastbeit.data.index import tables
 from fastbeit.data.index.members import MAX_BYTES, PLAIN, TABLE, Member, Reason, Window, inflate
 from fastbeit.data.index.sources import Source, open_source
@@ -34,7 +34,6 @@ from fastbeit.files import aside
 
 THREADS = 16  # headers are read one small piece a file: the storage's latency is what is waited for
 TOGETHER = 16  # images that a thread takes at a time
-TAIL_BYTES = 64, 1 << 16  # an image's end is looked for in so many last bytes: cameras append data to a JPEG
 SAY_EVERY_S = 10
 SHOWN = 20  # skipped files that are printed
 

@@ -221,6 +221,16 @@ def read_card(path: Path) -> Card:
         raise CacheError(f"'{path}': {place}: {first['msg']}; copy it again, or make the tokens again") from None
 
 
+def pipeline_of(folder: Path) -> str | None:
+    """The pipeline that made the views of the tokens in a directory, finished or not; None: there are none.
+
+    Raises:
+        CacheError: the file that says so is damaged or of another version.
+    """
+    card = next((path for path in (folder / CARD, folder / PLAN) if path.is_file()), None)
+    return read_card(card).recipe.pipeline if card else None
+
+
 def _version(text: bytes) -> Any:
     """What a card says of its format; `FORMAT` where it says nothing, for then more is wrong with it."""
     try:

@@ -37,7 +37,7 @@ def test_a_view_is_a_plain_numpy_file(parts, tokens):
 
 
 def test_reading_gives_the_tokens_of_the_crops_that_training_draws(parts, tokens):
-    cache, config = open_cache(tokens), configured(parts)
+    cache, config = open_cache(tokens), configured(parts, data__pipeline="torch")
     tokenizer = load_tokenizer(parts["tokenizer.path"])
     loader = make_loader(
         config.data,
