@@ -16,7 +16,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 SHARED_LIMIT |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 99 * 1024)
 TARGETS = tuple(SHARED_LIMIT)
 # the matrix instructions of each generation: HMMA serves a warp, HGMMA four, UTCHMMA and its kin a whole program
-MMA = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), r"\bHMMA")
+MMA: dict[str, str] = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), r"\bHMMA")
 MMA |= {"sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"\bv_mfma"}
 # a number that has more digits than the register that it is put into, as PTX writes it
 TOO_LONG = r"mov\.[ub]16 [^;]*0x\w{5,};|mov\.[ub]32 [^;]*0x\w{9,};"

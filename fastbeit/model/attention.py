@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,7 +133,7 @@ def attend(qkv: Tensor, bias: Tensor | None, backend: AttentionBackend) -> Tenso
         return relative_attention(qkv, _no_bias(qkv) if bias is None else bias, backend="triton")
     if backend == "eager":
         return relative_attention_reference(qkv, _no_bias(qkv) if bias is None else bias)
-    return (_by_xformers if backend == "xformers" else _by_sdpa)(qkv, bias)
+    return _by_xformers(qkv, bias) if backend == "xformers" else _by_sdpa(qkv, bias)
 
 
 def _no_bias(qkv: Tensor) -> Tensor:
@@ -161,7 +162,10 @@ def _by_sdpa(qkv: Tensor, bias: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(qkv, bias)).transpose(1, 2).flatten(2)
 
 
-@torch.compiler.disable
+_outside_of_graphs: Any = torch.compiler.disable
+
+
+@_outside_of_graphs
 def _by_xformers(qkv: Tensor, bias: Tensor | None) -> Tensor:
     from xformers.ops import memory_efficient_attention
 

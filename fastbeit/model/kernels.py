@@ -7,6 +7,7 @@ said; what the configuration asks for by name and does not run ends the run befo
 
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def chosen_kernels(config: Config, num_outputs: int, world: World) -> tuple[Conf
             raise ConfigError(f"kernels.{key}={getattr(wanted, op)}: {why}")
     attention, reason = attention_choice(wanted.attention, device, S, head_width, has_bias)
     lines = [f"attention: {attention} ({reason})"] if wanted.attention == "auto" and "attention" not in first else []
-    names = {op: _name(backend, device) for op, backend in asdict(wanted).items() if op != "attention"}
+    names: dict[str, Any] = {op: _name(one, device) for op, one in asdict(wanted).items() if op != "attention"}
     names["attention"] = attention
     for op, why in first.items():
         names[op] = "sdpa" if op == "attention" else "reference"
@@ -130,8 +131,10 @@ def trials_of(
         images = (random(IMAGES, height, width, 3) * 40 + 128).clamp(0, 255).to(torch.uint8)
         masked = random(IMAGES, config.num_patches, seed=1) > 0
         weight, tokens = random(D, 3, *model.patch_size).requires_grad_(), random(3, D, seed=2).requires_grad_()
+        bias, cls_token, mask_token = tokens
         half = torch.full((3,), 0.5, device=device)
-        out = masked_embed(images, masked, weight, *tokens.unbind(), None, half, half, dtype=dtype, backend=backend)
+        args = images, masked, weight, bias, cls_token, mask_token, None, half, half
+        out = masked_embed(*args, dtype=dtype, backend=backend)
         return [out, *torch.autograd.grad(out, (weight, tokens), random(*out.shape, seed=3))]
 
     def loss(backend: Backend) -> Results:

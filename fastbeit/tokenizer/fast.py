@@ -181,8 +181,8 @@ class FastEncoder:
         kind = conv_on(self.device, dtype)
 
         def conv(name: str, gain: float = 1.0, bias: Tensor | None = None) -> Conv:
-            bias = gain * weights[f"{name}.b"] if bias is None else bias
-            return kind((gain * weights[f"{name}.w"]).to(dtype), bias.to(dtype) if len(bias) else None)
+            given = gain * weights[f"{name}.b"] if bias is None else bias
+            return kind((gain * weights[f"{name}.w"]).to(dtype), given.to(dtype) if len(given) else None)
 
         def block(name: str) -> Block:
             id_path, last = f"{name}.id_path", f"{name}.res_path.conv_4"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import RecompileError
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import EngineConfig
@@ -103,7 +104,7 @@ def test_a_look_compiles_nothing(tracing_alone: None):
     with torch.no_grad(), no_recompilation(), torch.compiler.set_stance("force_eager"):
         logits = model.logits(images, masked)  # pyright: ignore[reportCallIssue]
     assert logits.shape == (3, 16, NUM_WORDS)
-    with torch.no_grad(), no_recompilation(), pytest.raises(torch._dynamo.exc.RecompileError):
+    with torch.no_grad(), no_recompilation(), pytest.raises(RecompileError):
         model.logits(images, masked)  # pyright: ignore[reportCallIssue]
 
 

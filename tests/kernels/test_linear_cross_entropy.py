@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -331,8 +332,8 @@ def test_compiled_backward_twice(device: str, backend: str):
     """A graph keeps what is stored as it is: a second backward gives the same gradients."""
     hidden, weight, bias, labels = make_inputs(device, 5, 16, 40, torch.float32)
     leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias)]
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
-    with torch._functorch.config.patch(donated_buffer=False):  # else it takes one backward alone, by itself
+    compiled: Any = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    with functorch_config.patch(donated_buffer=False):  # else it takes one backward alone, by itself
         loss, _ = compiled(*leaves, labels, chunk=2, backend=backend)
     first = [g.clone() for g in torch.autograd.grad(3 * loss, leaves, retain_graph=True)]
     again = torch.autograd.grad(3 * loss, leaves)

@@ -48,9 +48,8 @@ def assert_all_within_budget(inputs: dict[str, Tensor], fast: tuple[Tensor, ...]
     eager, exact = (run(relative_attention_reference, rounded, kind) for kind in (dtype, torch.float64))
     for name, *fast_eager_exact in zip(NAMES, fast, eager, exact, strict=True):
         # gradients of the bias too err as 16 bits do: they are sums of such
-        assert_within_budget(
-            name, *(x.to(dtype) for x in fast_eager_exact[:2]), fast_eager_exact[2].double(), terms=197
-        )
+        got, plain, truth = fast_eager_exact
+        assert_within_budget(name, got.to(dtype), plain.to(dtype), truth.double(), terms=197)
 
 
 # 197 tokens and heads of 64 are BEiT's own; 70 and 20 leave ragged last tiles, 16 fills its row of the bias
@@ -134,7 +133,7 @@ def test_every_subset_of_gradients(device: str, backend: Any, wanted: tuple[bool
         out.backward(torch.randn(out.shape, generator=gen, device=device).to(torch.bfloat16).float())
     for x, want, expected in zip((qkv, bias), wanted, everything[1:], strict=True):
         assert (x.grad is not None) == want
-        assert not want or torch.equal(x.grad[..., : expected.shape[-1]], expected)
+        assert x.grad is None or torch.equal(x.grad[..., : expected.shape[-1]], expected)
 
 
 def test_programs_are_independent_and_write_only_their_own(device: str, monkeypatch: pytest.MonkeyPatch):
@@ -225,7 +224,8 @@ def test_wrong_input_is_named():
     ]
     for change, message in wrong:
         with pytest.raises(ValueError, match=message):
-            relative_attention(**inputs | dict(backend="reference") | change)
+            args: dict[str, Any] = inputs | dict(backend="reference") | change
+            relative_attention(**args)
 
 
 def test_what_triton_refuses(device: str):

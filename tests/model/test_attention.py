@@ -163,7 +163,7 @@ def test_what_does_not_run_is_said(device: str, monkeypatch: pytest.MonkeyPatch)
     if device == "cpu":
         refused = check_attention("xformers", *shape)
         assert refused and "cuda" in refused
-    refused = check_attention("triton", *shape[:2], 300, 2, 16)
+    refused = check_attention("triton", torch.device(device), torch.float32, 300, 2, 16)
     assert refused and "at most 256 tokens; got 300" in refused
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     refused = check_attention("xformers", *shape)
@@ -181,7 +181,7 @@ def test_one_word_for_all_kernels_and_one_for_attention():
 def test_compiles_without_a_graph_break(device: str, backend: Any):
     torch.manual_seed(0)
     qkv, bias = torch.randn(2, 21, 3, 2, 16, device=device), torch.randn(2, 21, 32, device=device)
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(attend, fullgraph=True, backend="aot_eager")
     leaves = [x.clone().requires_grad_() for x in (qkv, bias)]
     out = compiled(*leaves, backend)
     grads = torch.autograd.grad(out.square().sum(), leaves)

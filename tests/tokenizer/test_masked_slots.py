@@ -50,6 +50,7 @@ def test_ten_thousand_slots_of_photos(crops: Tensor, say: Callable[[str], None])
     say(f"tokens of {some.numel():,} masked slots that are not those of the whole image: {len(turned)}")
     # two words that score alike may be told apart by the order of a sum, and nothing else may
     encoder = tokenizer._encode
+    assert encoder.head.bias is not None
     for row, slot in turned:
         (features,) = encoder.features(to_mapped(crops[row : row + 1])).double()
         feature = features.flatten(1)[:, places[row, slot]]
