@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Size
-from fastbeit_kernels.linear_cross_entropy import CHUNK_BYTES
 
 WEIGHT_BYTES = 4  # weights, gradients and each of AdamW's two moments are float32
 BATCHES = 2  # on the device: the next is copied during a step
@@ -69,7 +68,7 @@ def footprint(config: Config, *, num_outputs: int, token_size: Size | None, num_
         batches=BATCHES * config.optim.batch_size // num_ranks * _batch_bytes(config, token_size),
         workspace=_workspace(config, num_weights, num_outputs, itemsize),
         saved=_saved(config, itemsize),
-        temporary=_temporary(config, itemsize),
+        temporary=max(_temporary(config, itemsize), _logits(config, num_outputs, itemsize)),
     )
 
 
@@ -107,7 +106,7 @@ def _bias(config: Config) -> int:
 
 
 def _workspace(config: Config, num_weights: int, num_outputs: int, itemsize: int) -> int:
-    loss = (CHUNK_BYTES + WEIGHT_BYTES * config.model.width) * num_outputs if config.objective == "tokens" else 0
+    loss = WEIGHT_BYTES * config.model.width * num_outputs if config.objective == "tokens" else 0
     copies = itemsize * num_weights if itemsize < WEIGHT_BYTES else 0
     # a block's own in the precision of products; tables in float32, and their gradients
     num_tables = config.model.depth if config.model.relative_position == "per_block" else 1
@@ -144,10 +143,15 @@ def _objective(config: Config) -> int:
     return 0 if config.objective == "tokens" else 4 * 3 * math.prod(config.model.patch_size)
 
 
+def _logits(config: Config, num_outputs: int, b: int) -> int:
+    """Of an image, at most: the loss takes them by chunks, on a GPU as large as 1/64 of its memory."""
+    return b * config.num_slots * num_outputs if config.objective == "tokens" else 0
+
+
 def _temporary(config: Config, b: int) -> int:
     """Of an image: gradients of the residual stream and of what is widest in a block's backward."""
     D, F, S = config.model.width, config.model.mlp_width, config.num_patches + 1
     # q, k and v come as three, and go to their product as one; the fused backward gives the bias's for each image
-    attention = S * 6 * b * D + b * _bias(config)
+    attention = S * 6 * b * D + b * _bias(config)  # relative_attention's workspace is as large
     mlp = S * (4 * D + 2 * b * F)
     return S * 4 * D + max(attention, mlp)

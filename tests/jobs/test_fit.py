@@ -48,7 +48,7 @@ def task_of(config: Config) -> Pretraining:
 )
 def test_a_dry_step_is_given_what_a_step_is_given(parts, overrides):
     path, found = parts
-    task = task_of(load_config(path, [*found, *overrides]))
+    task = task_of(load_config(path, [*found, "data.pipeline=torch", *overrides]))
     batch = next(task.batches(0))
     tensors, _ = task.inputs(batch, 0)
     (micro_batch, _), *_ = micro_batches(tensors, 2)
