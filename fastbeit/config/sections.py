@@ -202,7 +202,8 @@ class EngineConfig(Section):
     zero_stage: Literal[1] = Field(default=1, description="DeepSpeed ZeRO stage; 2 and 3 are not wired yet")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda when there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="of activations; weights and loss stay fp32; auto: bf16 on cuda, fp32 on the cpu"
+        default="auto",
+        description="of activations; weights and loss stay fp32; auto: bf16 on cuda from Ampere on, else fp32",
     )
     compile: OnOff = Field(
         default="auto", description="torch.compile each block of the model, in pre-training; auto: on cuda"

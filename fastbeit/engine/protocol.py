@@ -69,6 +69,10 @@ def make_engine(
     return TorchEngine(model, optimizer, world, dtype, optim.clip_grad)
 
 
+def _is_ampere_or_newer(device: torch.device) -> bool:
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def compiles(settings: EngineConfig, device: torch.device) -> bool:
     return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
 
@@ -76,5 +80,6 @@ def compiles(settings: EngineConfig, device: torch.device) -> bool:
 def compute_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
     """Of activations: what `engine.precision` means on this device."""
     if engine.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        # cards before Ampere have no bfloat16 in their matrix units
+        return torch.bfloat16 if device.type == "cuda" and _is_ampere_or_newer(device) else torch.float32
     return torch.bfloat16 if engine.precision == "bf16" else torch.float32

@@ -20,7 +20,7 @@ from fastbeit.data.sampling import drop_path_keep
 from fastbeit.data.to_device import move, on_device
 from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.memory import Footprint, footprint
-from fastbeit.engine.protocol import compute_dtype
+from fastbeit.engine.protocol import compiles, compute_dtype
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
@@ -55,7 +55,7 @@ def pretrain(config: Config, command: list[str]) -> int:
     index = open_index(Path(config.data.index))
     source = open_token_source(config, index, world.device)
     chosen, lines = chosen_kernels(config, num_outputs(config, source), world)
-    task = Pretraining(chosen, world, index, source, [str(pipeline), *lines])
+    task = Pretraining(chosen, world, index, source, [str(pipeline), *lines, _how(config, world.device)])
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         outcome = train(task, config, world, Path(config.out), stop, command)
@@ -168,6 +168,13 @@ def num_outputs(config: Config, source: TokenSource) -> int:
     """V visual words; where pixels are regressed, the values of a patch."""
     height, width = config.model.patch_size
     return 3 * height * width if source.vocab_size is None else source.vocab_size
+
+
+def _how(config: Config, device: torch.device) -> str:
+    compiled = "each block" if compiles(config.engine, device) else "nothing"
+    why = f"auto: on {device.type}" if config.engine.compile == "auto" else "as set"
+    precision = str(compute_dtype(config.engine, device)).removeprefix("torch.")
+    return f"compiled: {compiled} ({why}); activations in {precision}"
 
 
 def blank_inputs(config: Config, num_images: int, device: torch.device) -> tuple[Tensor, ...]:
