@@ -131,7 +131,7 @@ def test_auto_compiles_on_cuda_alone():
 PROGRAM = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[2])
-from test_compile import settings, train
+from test_compile_blocks import settings, train
 losses, _ = train(settings(sys.argv[1]), num_steps=3)
 counters = torch._dynamo.utils.counters["inductor"]
 print(json.dumps([losses, counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"]]))
