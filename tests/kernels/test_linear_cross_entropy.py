@@ -332,6 +332,7 @@ def test_compiled_backward_twice(device: str, backend: str):
     """A graph keeps what is stored as it is: a second backward gives the same gradients."""
     hidden, weight, bias, labels = make_inputs(device, 5, 16, 40, torch.float32)
     leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias)]
+    torch._dynamo.reset()  # what another test compiled takes one backward alone
     compiled: Any = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     with functorch_config.patch(donated_buffer=False):  # else it takes one backward alone, by itself
         loss, _ = compiled(*leaves, labels, chunk=2, backend=backend)
