@@ -52,9 +52,8 @@ def _question(name: str, asks: str, seconds: float) -> Part:
 
 
 # Left out are tests that prove things without a card, and whose time is better spent here: what compiles for four
-# architectures, what is moved in the interpreter, how the questions below are asked there, and the prototype, whose
-# products in float32 take long to compile (its question checks it in bfloat16). Warnings of another PyTorch are
-# printed, and are no failures.
+# architectures, what is moved in the interpreter, and how the questions below are asked there. Warnings of another
+# PyTorch are printed, and are no failures.
 KERNEL_TESTS = "-m", "pytest", "tests/kernels", "-m", "not long", "-W", "default", "-p", "no:cacheprovider"
 NOT_ON_A_CARD = "test_compile.py", "test_traffic.py", "test_first_hour.py"
 
@@ -75,7 +74,7 @@ PARTS = (
         ("-m", "benchmarks.step", "--steps", "50", "--json", "{json}"),
     ),
     _question("sdpa", "which attention backend takes the bias, and at what price?", 30),
-    _question("attention", "is attention of our own worth building?", 70),
+    _question("attention", "which tiles for attention, and how much workspace?", 70),
     _question("linear_cross_entropy", "how many rows a chunk of the loss?", 55),
     _question("cross_entropy", "which warps and registers?", 45),
     _question("masked_embed", "which tiles, and is a convolution as good?", 45),

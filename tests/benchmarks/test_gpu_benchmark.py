@@ -213,12 +213,13 @@ def test_it_ends_well_if_all_that_ran_did(script: str, code: int, tmp_path: Path
 # ---- steps
 
 
-def aot_eager(self: nn.Module) -> None:
-    self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager")
+def aot_eager(self: nn.Module, **options: bool) -> None:
+    self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager", **options)
 
 
 # PyTorch 2.13 says so of its own tracing of an autograd.Function
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_steps_of_a_toy_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All four variants, with the trainer's parts and the interpreter, without the code generation of `inductor`."""
     monkeypatch.setattr(nn.Module, "compile", aot_eager)
