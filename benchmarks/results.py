@@ -19,6 +19,7 @@ FIGURES = {
     "us": "{:,.1f} us",
     "host_us": "host {:,.0f} us",
     "step_ms": "{:,.2f} ms a step",
+    "predicted_ms": "predicted {:,.1f} ms",
     "p95_ms": "p95 {:,.2f} ms",
     "host_ms": "host {:,.1f} ms",
     "images_per_s": "{:,.0f} img/s",

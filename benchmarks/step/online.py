@@ -5,6 +5,7 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.step.rates import VOCAB_SIZE
 from benchmarks.step.sources import NUM_BATCHES, Source, drawn
@@ -44,11 +45,11 @@ class _NoIndex:
 
 def draw_views(config: Config, token_size: tuple[int, int], world: World, number: int) -> Batch:
     gen, sample = drawn(config, world, number)
-    views = (
-        torch.randint(256, (len(sample), *size, 3), generator=gen, device=world.device, dtype=torch.uint8)
-        for size in (config.data.image_size, token_size)
-    )
-    return Batch(*views, sample, torch.zeros_like(sample))
+
+    def view(size: tuple[int, int]) -> Tensor:
+        return torch.randint(256, (len(sample), *size, 3), generator=gen, device=world.device, dtype=torch.uint8)
+
+    return Batch(view(config.data.image_size), view(token_size), sample, torch.zeros_like(sample))
 
 
 def random_tokenizer(config: Config, device: torch.device) -> Chosen:

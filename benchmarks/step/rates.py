@@ -5,13 +5,17 @@ step computes, whose last block and head work on masked slots alone (104.1 G an 
 whose last block works on all patches, has 108.0 G, by which the same step would have 4 % more "MFU".
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.predictions import Chip, step_ms
 from benchmarks.results import Row
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import KernelsConfig
+from fastbeit.engine.memory import count_weights, footprint
 from fastbeit.model.attention import take
 from fastbeit.model.beit import Beit, make_beit
 
@@ -30,6 +34,24 @@ def peak_of(gpu: str) -> float | None:
     if "H" in gpu and any(word in gpu for word in NOT_SXM):
         return None
     return next((peak for name, peak in PEAKS.items() if name in gpu), None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of an image's share of a step in bfloat16, and of the model."""
+
+    flops: int
+    saved: int  # bytes
+    num_weights: int
+
+    def step_ms(self, chip: Chip, num_images: int) -> float:
+        """Predicted, of a step on one card."""
+        return step_ms(chip, num_images, self.flops, self.saved, self.num_weights)
+
+
+def work_of(config: Config) -> Work:
+    found = footprint(config, num_outputs=VOCAB_SIZE, token_size=None, num_ranks=1, itemsize=2)
+    return Work(model_flops(config), found.saved, count_weights(config, VOCAB_SIZE))
 
 
 def model_flops(config: Config, authors: bool = False) -> int:

@@ -10,9 +10,10 @@ from statistics import median
 import torch
 
 from benchmarks.card import cuda_laps, host_laps
+from benchmarks.predictions import chip_of
 from benchmarks.results import Row
 from benchmarks.sdpa import SdpaChoices
-from benchmarks.step.rates import VOCAB_SIZE, model_flops, peak_of
+from benchmarks.step.rates import VOCAB_SIZE, peak_of, work_of
 from benchmarks.step.sources import SOURCES, Source
 from benchmarks.step.variants import Case
 from fastbeit.config.pretrain import Config
@@ -113,16 +114,20 @@ def _facts(config: Config, world: World) -> Row:
 
 
 def _rates(config: Config, world: World, row: Row) -> Row:
-    flops, rank_rate = model_flops(config), config.optim.batch_size / world.size / row["step_ms"] * 1e3
+    work, images = work_of(config), config.optim.batch_size // world.size
+    flops, rank_rate = work.flops, images / row["step_ms"] * 1e3
     found: Row = dict(
         images_per_s=rank_rate,  # of a rank
         all_images_per_s=rank_rate * world.size,
         gflop_per_image=flops / 1e9,
         tflop_per_s=rank_rate * flops / 1e12,
     )
-    peak = peak_of(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
-    if peak and row["precision"] == "bfloat16":
-        found |= dict(mfu=rank_rate * flops / peak, peak_tflop_per_s=peak / 1e12)
+    gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
+    if row["precision"] == "bfloat16":
+        if peak := peak_of(gpu):
+            found |= dict(mfu=rank_rate * flops / peak, peak_tflop_per_s=peak / 1e12)
+        if chip := chip_of(gpu):
+            found["predicted_ms"] = work.step_ms(chip, images)
     return found
 
 
