@@ -1,6 +1,7 @@
 """A training step of BEiT: what it computes, and how long it takes.
 
     python -m benchmarks.step                     on CUDA: times; without: what can be counted
+    python -m benchmarks.step --peers             on the CPU, beside others' code
     python -m benchmarks.step --device cpu        a toy model, to see that all of it runs
     torchrun --nproc-per-node N -m benchmarks.step            N ranks, by DDP
     deepspeed --num_gpus N --module benchmarks.step           by DeepSpeed
@@ -32,6 +33,7 @@ from fastbeit.engine.ranks import World, start_world
 BATCHES = {"B": 256, "L": 128}  # images a rank and step: BEiT's 2048 on eight cards, and half of it
 IMAGE_MIB = {"B": 128, "L": 352}  # about 100 and 260 that are saved for the backward in bfloat16, and room for the rest
 TOY_BATCH = 4
+PEER_IMAGES = 1
 
 
 def fitting_batch(size: str) -> int:
@@ -110,12 +112,14 @@ def report(rows: Iterable[Row], world: World, file: Path | None) -> int:
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=summary)
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), help="of the model (default: all)")
+    parser.add_argument("--size", nargs="+", choices=SIZES, help="of the model (default: all; of --peers: B)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a toy model (default: cuda)")
     parser.add_argument(
         "--variants", nargs="+", choices=(*VARIANTS, "all"), default=list(DEFAULT), metavar="NAME",
         help=f"of {', '.join(VARIANTS)}; all (default: {' '.join(DEFAULT)})",
     )  # fmt: skip
+    parser.add_argument("--peers", action="store_true", help="ratios to others' forward and backward, on the CPU")
+    parser.add_argument("--rounds", type=int, default=7, help="of --peers (7)")
     parser.add_argument("--source", choices=SOURCES, default="synthetic", help="of a step's inputs (synthetic)")
     parser.add_argument("--steps", type=int, default=50, help="that are timed; 1: the first alone (default: 50)")
     parser.add_argument("--batch", type=int, help=f"images a rank and step (default: {BATCHES}, or what has room)")
@@ -127,6 +131,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if min(args.steps, args.batch or 1) < 1:
         parser.error("--steps and --batch want at least 1")
+    args.size = args.size or (["B"] if args.peers else list(SIZES))
     if "all" in args.variants:
         args.variants = list(VARIANTS)
     return args
@@ -134,6 +139,11 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
+    if args.peers:
+        from benchmarks.step import peers
+
+        found = (row for size in args.size for row in peers.rows(size, args.batch or PEER_IMAGES, args.rounds))
+        return report(found, World(0, 1, torch.device("cpu")), args.json)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device to take steps on, so this is what can be counted; --device cpu runs a toy model")
         from benchmarks.step import counts
