@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.cuda import nccl
+
+from fastbeit.cores import num_cores
 
 Work = Callable[[], object]
 Clock = Callable[[Work], float]  # microseconds of what it is given
@@ -83,6 +86,8 @@ def environment() -> dict[str, Any]:
         clocks=clocks,
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version() if has_cuda else None,
+        nccl=".".join(map(str, nccl.version())) if has_cuda else None,
+        cores=num_cores(),
         versions=_versions(),
         commit=next(iter(_output("git", "describe", "--always", "--dirty")), None),
     )
@@ -91,7 +96,7 @@ def environment() -> dict[str, Any]:
 def _versions() -> dict[str, str | None]:
     # PyTorch's own word names the CUDA that it was built for
     found: dict[str, str | None] = dict(python=platform.python_version(), torch=str(torch.__version__))
-    for package in ("triton", "liger-kernel"):
+    for package in ("triton", "liger-kernel", "deepspeed", "transformers", "timm"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""All that waits for a card, in nine minutes: kernel tests, steps of BEiT-B, the questions of the first hour.
+"""All that waits for a card, in nine minutes: kernel tests, steps of BEiT-B and L, the questions of the first hour.
 
     python -m benchmarks.gpu [--out DIR] [PART ...]     or `make gpu`; without a card it says what it would do
 
@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.predictions import TOO_FAR, compared
 from benchmarks.results import figures, markdown, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -52,10 +53,11 @@ def _question(name: str, asks: str, seconds: float) -> Part:
 
 
 # Left out are tests that prove things without a card, and whose time is better spent here: what compiles for four
-# architectures, what is moved in the interpreter, how the questions below are asked there, and the prototype, whose
-# products in float32 take long to compile (its question checks it in bfloat16). Warnings of another PyTorch are
-# printed, and are no failures.
+# architectures, what is moved in the interpreter, and how the questions below are asked there. Warnings of another
+# PyTorch are printed, and are no failures.
 KERNEL_TESTS = "-m", "pytest", "tests/kernels", "-m", "not long", "-W", "default", "-p", "no:cacheprovider"
+# compiling is most of their time, and is the host's
+IN_PARALLEL = ("-n", "8") if find_spec("xdist") else ()
 NOT_ON_A_CARD = "test_compile.py", "test_traffic.py", "test_first_hour.py"
 
 # their seconds and one grace are nine minutes: who is late takes from the next
@@ -63,22 +65,22 @@ PARTS = (
     Part(
         "kernels",
         "are the Triton kernels right on this card?",
-        140,
+        110,
         ("torch", "triton", "numpy", "pytest"),
-        (*KERNEL_TESTS, *(f"--ignore=tests/kernels/{name}" for name in NOT_ON_A_CARD)),
+        (*KERNEL_TESTS, *IN_PARALLEL, *(f"--ignore=tests/kernels/{name}" for name in NOT_ON_A_CARD)),
     ),
     Part(
         "step",
-        "what does a step of BEiT-B take, with which kernels, compiled or not?",
-        130,
+        "what does a step of BEiT-B and of BEiT-L take, with whose attention, compiled or not?",
+        170,
         ("torch", "triton", "numpy", "pydantic", "yaml"),
         ("-m", "benchmarks.step", "--steps", "50", "--json", "{json}"),
     ),
     _question("sdpa", "which attention backend takes the bias, and at what price?", 30),
-    _question("attention", "is attention of our own worth building?", 70),
+    _question("attention", "which tiles for attention, and how much workspace?", 70),
     _question("linear_cross_entropy", "how many rows a chunk of the loss?", 55),
-    _question("cross_entropy", "which warps and registers?", 45),
-    _question("masked_embed", "which tiles, and is a convolution as good?", 45),
+    _question("cross_entropy", "which warps and registers?", 40),
+    _question("masked_embed", "which tiles, and is a convolution as good?", 40),
     _question("host", "does the host keep up with the loss?", 15),
 )
 
@@ -170,13 +172,15 @@ def card() -> dict[str, Any]:
 
 
 def table(where: dict[str, Any], results: dict[str, Result]) -> str:
-    """First what the numbers belong to, then each part's end and its rows."""
-    lines = [("card", name, value) for name, value in _facts(_while_at_work(where, results))]
+    """First what the numbers belong to, then each part's end and its rows, beside what was predicted of them."""
+    lines = [("card", name, value, "") for name, value in _facts(_while_at_work(where, results))]
     for name, result in results.items():
         seconds = f" in {result['seconds']:.0f} s" if "seconds" in result else ""
-        lines.append((name, result["status"] + seconds, result["last_line"]))
-        lines += [(name, row["case"], figures(row)) for row in result.get("found", {}).get("rows", [])]
-    return markdown(("part", "what", "found"), lines)
+        lines.append((name, result["status"] + seconds, result["last_line"], ""))
+        rows = result.get("found", {}).get("rows", [])
+        lines += [(name, row["case"], figures(row), compared(where.get("gpu"), row)) for row in rows]
+    note = f"*: measured and predicted are {TOO_FAR} times apart or more (benchmarks/predictions.py)"
+    return f"{markdown(('part', 'what', 'found', 'predicted, measured over it'), lines)}\n\n{note}"
 
 
 def _while_at_work(where: dict[str, Any], results: dict[str, Result]) -> dict[str, Any]:
@@ -190,7 +194,8 @@ def _facts(where: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for name, value in clocks.items():
         yield name, "not told" if value is None else f"{value:g}"
     yield "driver", str(where.get("driver"))
-    yield "CUDA, cuDNN", f"{where.get('cuda')}, {where.get('cudnn')}"
+    yield "CUDA, cuDNN, NCCL", f"{where.get('cuda')}, {where.get('cudnn')}, {where.get('nccl')}"
+    yield "cores", str(where.get("cores"))
     yield "versions", ", ".join(f"{name} {value}" for name, value in where.get("versions", {}).items() if value)
     yield "commit", str(where.get("commit"))
 

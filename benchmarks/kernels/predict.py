@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,30 +22,7 @@ from benchmarks.kernels.compiled import Case, Compiled, compiled_for
 from benchmarks.kernels.launches import cases
 from benchmarks.kernels.moved import Moved
 from benchmarks.kernels.ops import Shapes
-
-
-@dataclass(frozen=True)
-class Chip:
-    """`copy`, `products` are what is reached, not the data sheet's (80 % to 90 % of it).
-
-    The limits: CUDA C programming guide, technical specifications by compute capability. H100: the SXM model.
-    """
-
-    name: str
-    target: str
-    sms: int
-    copy: float  # bytes/s of torch.clone
-    products: float  # FLOP/s of a large bf16 product
-    latency: float  # s from a load to its value, of memory under load
-    l2: float  # bytes/s; assumption: 60 % of 5,120 bytes a clock (NVIDIA's A100 white paper; taken for H100 too)
-    shared: int  # bytes an SM
-    registers: int = 65536  # an SM
-    threads: int = 2048
-    blocks: int = 32
-
-
-A100 = Chip("A100", "sm_80", 108, 1.75e12, 235e12, 450e-9, 0.6 * 5120 * 1.41e9, 164 * 1024)
-H100 = Chip("H100", "sm_90", 132, 3.0e12, 650e12, 500e-9, 0.6 * 5120 * 1.755e9, 228 * 1024)
+from benchmarks.predictions import A100, H100, Chip
 
 
 class Occupancy(NamedTuple):

@@ -1,4 +1,4 @@
-"""`make gpu` as far as it runs without a card: its plan, its budgets, and the steps of a toy model."""
+"""`make gpu` as far as it runs without a card: its plan, its budgets, and its clocks."""
 
 import json
 import os
@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks import card, gpu, step
+from benchmarks import card, gpu
 from benchmarks.card import host_laps
 from benchmarks.first_hour.__main__ import QUESTIONS
 from benchmarks.gpu import GRACE_S, PARTS, ROOT, Part, run, run_all
@@ -82,7 +81,7 @@ import {module}
     [
         ("benchmarks.gpu", ("torch", "triton", "numpy", "pydantic", "yaml")),
         ("benchmarks.first_hour.__main__", ("pydantic", "yaml", "tyro", "simplejpeg", "deepspeed", "nvidia", "PIL")),
-        ("benchmarks.step", ("tyro", "simplejpeg", "deepspeed", "nvidia", "PIL")),
+        ("benchmarks.step.__main__", ("tyro", "simplejpeg", "deepspeed", "nvidia", "PIL", "safetensors")),
     ],
 )
 def test_parts_need_no_more_than_they_name(module: str, absent: tuple[str, ...]):
@@ -208,59 +207,6 @@ def test_it_ends_well_if_all_that_ran_did(script: str, code: int, tmp_path: Path
     assert "1980" in table and "not told" in table and "passed over" in table
     with pytest.raises(SystemExit):
         gpu.main(["weather"])
-
-
-# ---- steps
-
-
-def aot_eager(self: nn.Module) -> None:
-    self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager")
-
-
-# PyTorch 2.13 says so of its own tracing of an autograd.Function
-@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
-def test_steps_of_a_toy_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """All four variants, with the trainer's parts and the interpreter, without the code generation of `inductor`."""
-    monkeypatch.setattr(nn.Module, "compile", aot_eager)
-    monkeypatch.setattr(step, "WARM_UP", 0)
-    file = tmp_path / "rows.json"
-    assert step.main(["--device", "cpu", "--steps", "2", "--batch", "2", "--json", str(file)]) == 0
-    rows = json.loads(file.read_text())["rows"]
-    assert {(row["kernels"], row["compile"]) for row in rows} == set(step.VARIANTS) and len(rows) == 4
-    for row in rows:
-        assert row["p95_ms"] >= row["step_ms"] > 0 and row["first_step_s"] > 0 and row["sdpa"].isupper()
-        assert row["images_per_s"] == pytest.approx(2e3 / row["step_ms"])
-        assert row["tflop_per_s"] == pytest.approx(row["images_per_s"] * row["gflop_per_image"] / 1e3)
-        # random labels: log 8192 is 9.01; the same weights, batches and masks whoever computes
-        assert row["loss"] == pytest.approx(9.01, abs=0.05) and row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
-
-
-def test_flops_are_those_that_are_stated():
-    assert step.flops_per_image(step.config_of("reference", False, 256, "cuda")) / 1e9 == pytest.approx(104.1, abs=0.05)
-
-
-def test_a_batch_that_does_not_fit_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def no_room(*args: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(step, "measure", no_room)
-    file = tmp_path / "rows.json"
-    assert step.main(["--device", "cpu", "--batch", "64", "--json", str(file)]) == 1
-    rows = json.loads(file.read_text())["rows"]
-    assert len(rows) == 4 and all("a batch of 64 does not fit" in row["error"] for row in rows)
-    assert all("try --batch 32" in row["error"] for row in rows)
-
-
-# 80 GB: BEiT's own batch; 24 GB: what fits, in eights; next to nothing: one image
-@pytest.mark.parametrize("free, batch", [(79 * 2**30, 256), (23 * 2**30, 184), (2**20, 1)])
-def test_the_batch_fits_the_free_memory(free: int, batch: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 * 2**30))
-    assert step.fitting_batch() == batch
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would take them")
-def test_steps_want_a_card(capsys: pytest.CaptureFixture[str]):
-    assert step.main([]) == 2 and "--device cpu" in capsys.readouterr().err
 
 
 # ---- what they share

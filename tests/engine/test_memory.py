@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.memory import main
+from benchmarks.memory import count_step, main, saved_bytes
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import ModelConfig
 from fastbeit.engine.memory import Footprint, count_weights, footprint
 from fastbeit.model.beit import make_beit
 from fastbeit.model.vit import Block
-from helpers.counted import count_step, saved_bytes
 from helpers.tiny import SETTINGS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -37,10 +36,10 @@ def predicted(
     return footprint(config, num_outputs=num_outputs, token_size=token_size, num_ranks=num_ranks, itemsize=itemsize)
 
 
-def per_image(config: Config, dtype: torch.dtype, monkeypatch: Any) -> tuple[float, float]:
+def per_image(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     """Saved tensors and peak, in MiB an image: what one image more costs."""
     num_outputs = 8192 if config.objective == "tokens" else 768
-    few, many = (count_step(config, number, num_outputs, dtype, monkeypatch) for number in (SMALL, MANY))
+    few, many = (count_step(config, number, num_outputs, dtype) for number in (SMALL, MANY))
     return (many.saved - few.saved) / SMALL / MIB, (many.peak - few.peak) / SMALL / MIB
 
 
@@ -56,9 +55,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("model, fields, dtype", CASES)
-def test_saved_tensors_and_peak(model, fields, dtype, monkeypatch):
+def test_saved_tensors_and_peak(model, fields, dtype):
     config = config_of(model | {"depth": 3}, **fields)
-    saved, peak = per_image(config, dtype, monkeypatch)
+    saved, peak = per_image(config, dtype)
     found = predicted(config, dtype.itemsize)
     # means and log-sums are counted as the formula has them; only the int64 slots of `take` are shared or not
     assert found.saved / MIB == pytest.approx(saved, rel=1e-3)
@@ -68,11 +67,11 @@ def test_saved_tensors_and_peak(model, fields, dtype, monkeypatch):
 
 @pytest.mark.parametrize("model, depth", [(BASE, 12), (LARGE, 24)], ids=["B", "L"])
 @pytest.mark.parametrize("checkpoint_blocks", [False, True], ids=["kept", "recomputed"])
-def test_at_full_depth(model, depth, checkpoint_blocks, monkeypatch, say):
+def test_at_full_depth(model, depth, checkpoint_blocks, say):
     """Extrapolated from two depths, and checked with a third."""
 
     def count(depth: int) -> float:
-        return per_image(config_of(model | {"depth": depth}, checkpoint_blocks), torch.bfloat16, monkeypatch)[1]
+        return per_image(config_of(model | {"depth": depth}, checkpoint_blocks), torch.bfloat16)[1]
 
     few, more = count(2), count(4)
     slope = (more - few) / 2

@@ -28,7 +28,8 @@ from benchmarks.kernels.__main__ import (
 from benchmarks.kernels.compiled import Compiled
 from benchmarks.kernels.moved import Moved
 from benchmarks.kernels.ops import Op, Shapes, cross_entropy_op, left_out, ops
-from benchmarks.kernels.predict import A100, H100, occupancy, predicted_us
+from benchmarks.kernels.predict import occupancy, predicted_us
+from benchmarks.predictions import A100, H100, KERNELS_US
 from fastbeit_kernels.backend import INTERPRETED
 from helpers.waiting import finished
 
@@ -148,7 +149,7 @@ def test_interpreted_kernels_are_neither_timed_nor_predicted(capsys: pytest.Capt
 
 def test_numbers_name_what_they_belong_to():
     where = json.loads(json.dumps(environment()))
-    assert {*where} == {"gpu", "driver", "clocks", "cuda", "cudnn", "versions", "commit"}
+    assert {*where} == {"gpu", "driver", "clocks", "cuda", "cudnn", "nccl", "cores", "versions", "commit"}
     assert where["versions"]["torch"] == torch.__version__
     assert (where["gpu"] is not None) == torch.cuda.is_available()
 
@@ -213,6 +214,12 @@ def test_predictions(tmp_path: Path):
         row = rows[chip, "_cross_entropy_fwd_kernel"]
         assert row["predicted_us"] == pytest.approx(us, rel=0.05) and row["blocks"] == 2
         assert row["over_minimum"] == pytest.approx(1, abs=0.1)
+    # what `make gpu` compares with
+    for (question, _), kept in KERNELS_US.items():
+        for chip, us in kept.items():
+            kernels = f"_{question}_fwd_kernel", f"{question} (op)"
+            (row,) = (rows[chip, kernel] for kernel in kernels if (chip, kernel) in rows)
+            assert us == pytest.approx(row["predicted_us"], rel=1e-3)
 
 
 def test_who_cannot_take_part_is_named(monkeypatch: pytest.MonkeyPatch):

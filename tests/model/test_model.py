@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.huggingface import build_huggingface, to_huggingface
 from fastbeit.config.sections import Kernels, MaskingConfig, ModelConfig
 from fastbeit.masking import UNUSED, MaskRule, draw, label
 from fastbeit.model.beit import Beit
 from fastbeit_kernels.backend import INTERPRETED
-from helpers.huggingface import build_huggingface, to_huggingface
 from helpers.weights import randomise
 
 # the real window, patch and vocabulary; narrow, so that a step takes a moment

@@ -1,4 +1,4 @@
-"""The oracle of the model: Hugging Face's BEiT, with our weights."""
+"""Hugging Face's BEiT with our weights: an oracle of the model, and a peer of its speed."""
 
 from torch import Tensor
 from transformers import BeitConfig, BeitForMaskedImageModeling
