@@ -27,6 +27,7 @@ from fastbeit.jobs.pretrain import Pretraining
 from fastbeit.masking import Slots
 from fastbeit.tokenizer.precision import Chosen
 from fastbeit.tokenizer.source import EncodedTokens
+from fastbeit.train.pipeline import settle_pipeline
 
 HEIGHT, WIDTH = 375, 500  # as ImageNet's are on average
 COARSE = 12, 16  # random colours that are blown up to it
@@ -41,6 +42,7 @@ def read_shards(config: Config, world: World, chosen: Chosen | None) -> Generato
     Args:
         chosen: makes tokens of the second view; None: they come from a cache.
     """
+    config, _ = settle_pipeline(config, world, None, None)
     with ExitStack() as stack:
         # all ranks are on one machine: the first rank's files serve them all
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastbeit-step-"))
