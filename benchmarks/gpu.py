@@ -179,6 +179,8 @@ def table(where: dict[str, Any], results: dict[str, Result]) -> str:
         lines.append((name, result["status"] + seconds, result["last_line"], ""))
         rows = result.get("found", {}).get("rows", [])
         lines += [(name, row["case"], figures(row), compared(where.get("gpu"), row)) for row in rows]
+        anchors = result.get("found", {}).get("anchors", [])
+        lines += [(name, f"others: {anchor['who']}, {anchor['what']}", figures(anchor), "") for anchor in anchors]
     note = f"*: measured and predicted are {TOO_FAR} times apart or more (benchmarks/predictions.py)"
     return f"{markdown(('part', 'what', 'found', 'predicted, measured over it'), lines)}\n\n{note}"
 

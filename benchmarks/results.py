@@ -43,6 +43,7 @@ FIGURES = {
     "peak_mib": "{:,.0f} MiB",
     "first_step_s": "first step {:,.1f} s",
     "warm_start_s": "with what it compiled {:,.1f} s",
+    "no_warm_start": "no warm start: {}",
     "data_wait_share": "waits for data {:.1%}",
     "attention": "attention by {}",
     "loss": "loss {:.4f}",

@@ -24,12 +24,12 @@ from benchmarks.memory import saved_bytes, without_memory
 from benchmarks.predictions import CHIPS
 from benchmarks.results import Row
 from benchmarks.step.rates import VOCAB_SIZE, model_flops, work_of
+from benchmarks.step.sources import draw_inputs
 from benchmarks.step.variants import VARIANTS, Case
 from fastbeit.config.pretrain import Config
 from fastbeit.engine.adamw import clip_and_step
 from fastbeit.engine.protocol import make_engine
 from fastbeit.engine.ranks import World
-from fastbeit.jobs.pretrain import blank_inputs
 from fastbeit.model.beit import make_beit
 from fastbeit.train.optim import make_optimizer
 
@@ -106,7 +106,8 @@ def host_ms(config: Config) -> float:
     world = World(0, 1, torch.device("cpu"))
     model = make_beit(config, NARROW_VOCAB)
     engine = make_engine(config.engine, config.optim, model, make_optimizer(model, config.optim), world)
-    inputs, one = blank_inputs(config, 1, world.device), torch.ones(())
+    images, masked, slots, labels, keep = draw_inputs(config, world, 0)
+    inputs, one = (images, masked, slots, labels.clamp_max(NARROW_VOCAB - 1), keep), torch.ones(())
     laps = []
     for _ in range(HOST_STEPS):
         began = time.process_time()

@@ -22,12 +22,15 @@ def empty_caches() -> Iterator[None]:
 
     The first variant's first step then has all there is to compile, later ones what those before left to do.
     """
-    with tempfile.TemporaryDirectory(prefix="fastbeit-compiled-") as folder:
+    # a compiler's process may be writing still
+    with tempfile.TemporaryDirectory(prefix="fastbeit-compiled-", ignore_cleanup_errors=True) as folder:
         ours = {name: str(Path(folder, name)) for name in CACHES if name not in os.environ}
         os.environ.update(ours)
-        yield
-        for name in ours:
-            del os.environ[name]
+        try:
+            yield
+        finally:
+            for name in ours:
+                del os.environ[name]
 
 
 def warm_start(case: Case) -> Row:
@@ -35,10 +38,15 @@ def warm_start(case: Case) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows.json")
         command = [sys.executable, "-m", "benchmarks.step", "--steps", "1", "--json", str(file)]
-        command += ["--size", case.size, "--variants", case.variant.name, "--batch", str(case.batch)]
+        command += ["--size", case.size, "--variants", case.variant.name]
+        command += ["--batch", str(case.batch), "--device", case.device]
         command += ["--set", *case.settings] if case.settings else []
-        paths = os.pathsep.join(filter(None, sys.path))
-        env = os.environ | dict(PYTHONPATH=paths)
-        subprocess.run(command, env=env, stdout=subprocess.DEVNULL, timeout=TOO_LONG_S, check=False)
-        (row,) = json.loads(file.read_text())["rows"] if file.exists() else [{}]
-    return dict(warm_start_s=row.get("first_step_s"))
+        env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+        try:
+            subprocess.run(command, env=env, stdout=subprocess.DEVNULL, timeout=TOO_LONG_S, check=False)
+        except subprocess.TimeoutExpired:
+            return dict(no_warm_start=f"none in {TOO_LONG_S} s")
+        row = json.loads(file.read_text())["rows"][0] if file.exists() else {}
+    if "first_step_s" not in row:
+        return dict(no_warm_start=row.get("error", "the other process ended early"))
+    return dict(warm_start_s=row["first_step_s"])

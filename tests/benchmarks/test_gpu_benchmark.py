@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +54,7 @@ def test_the_plan_is_nine_minutes_and_asks_every_question():
         extra = {"kernels": {"numpy", "pytest"}, "step": {"numpy", "pydantic", "yaml"}}.get(part.name, set())
         assert set(part.needs) == {"torch", "triton"} | extra
     assert all((ROOT / "tests/kernels" / name).exists() for name in gpu.NOT_ON_A_CARD)
+    assert ("-n" in PARTS[0].command) == (find_spec("xdist") is not None)
 
 
 def test_the_plan_names_what_is_missing():

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.gpu import table
 from benchmarks.predictions import A100, H100, chip_of, compared
-from benchmarks.step.rates import work_of
+from benchmarks.step.rates import ANCHORS, work_of
 from benchmarks.step.variants import config_of
 
 CARD = "NVIDIA H100 80GB HBM3"
@@ -51,8 +51,10 @@ def test_a_card_is_known_by_its_name():
 
 def test_the_table_puts_them_side_by_side():
     row = dict(case="B, triton kernels", predicted_ms=66.0, step_ms=94.1)
-    part = dict(status="passed", seconds=1.0, last_line="", found=dict(rows=[row]))
+    part = dict(status="passed", seconds=1.0, last_line="", found=dict(rows=[row], anchors=ANCHORS))
     lines = table(dict(gpu=CARD), dict(step=part)).splitlines()
     assert lines[0].rstrip(" |").endswith("predicted, measured over it")
     (line,) = (line for line in lines if "triton kernels" in line)
     assert "94.10 ms a step" in line and "66.0 ms, 1.43*" in line and "1.3 times apart" in lines[-1]
+    assert [line for line in lines if "others: nvSubquadratic" in line and "2,119 img/s" in line]
+    assert [line for line in lines if "others: stable-pretraining" in line and "MFU 36.0%" in line]

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.step import __main__ as step
-from benchmarks.step import counts, rates, training
+from benchmarks.step import counts, rates, training, warm
 from benchmarks.step.variants import DEFAULT, VARIANTS, Case, config_of
 from helpers.waiting import finished
 
@@ -77,6 +78,23 @@ def test_the_first_step_alone(tmp_path: Path):
     """What a second process does to see how a warm start goes."""
     (row,) = rows_of(tmp_path / "rows.json", "--variants", "reference", "--steps", "1")
     assert row["first_step_s"] > 0 and "step_ms" not in row
+
+
+def test_a_warm_start_is_that_of_another_process():
+    case = Case("B", VARIANTS["reference"], 2, device="cpu")
+    assert warm.warm_start(case)["warm_start_s"] > 0
+    wrong = replace(case, settings=("model.depht=3",))
+    assert "depth" in warm.warm_start(wrong)["no_warm_start"]
+
+
+def test_caches_are_empty_and_go(monkeypatch: pytest.MonkeyPatch):
+    """A folder that somebody has set is theirs, and so is what it holds."""
+    inductor, triton = warm.CACHES
+    monkeypatch.setenv(inductor, "theirs")
+    monkeypatch.delenv(triton, raising=False)
+    with warm.empty_caches():
+        assert os.environ[inductor] == "theirs" and not Path(os.environ[triton]).exists()
+    assert os.environ[inductor] == "theirs" and triton not in os.environ
 
 
 def test_settings_are_the_trainers(tmp_path: Path):
