@@ -1,6 +1,6 @@
 """Batches on their way to the device that trains: the next is copied while the last is trained on.
 
-The copy goes from pinned memory, by a stream of its own. The CUDA half has not been run yet.
+The copy goes from pinned memory, by a stream of its own.
 """
 
 from collections.abc import Generator, Iterable, Iterator

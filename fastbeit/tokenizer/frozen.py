@@ -22,7 +22,7 @@ def likeliest_words(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     num_rows = max(1, SCRATCH // len(weight))
     if weight.dtype != torch.float32 and weight.device.type != "cpu":
-        # has not run on a card yet; a CPU has no such product
+        # a CPU has no such product
         scores = (torch.mm(rows, weight.T, out_dtype=torch.float32).add_(bias) for rows in features.split(num_rows))
     else:
         weight = weight.float()
