@@ -1,4 +1,4 @@
-"""All that only a card can answer, in nine minutes: kernel tests, steps of BEiT-B and L, the questions of the first hour.
+"""All that only a card can answer, in nine minutes: kernel tests, steps of BEiT-B and L, questions of a first hour.
 
     python -m benchmarks.gpu [--out DIR] [PART ...]     or `make gpu`; without a card it says what it would do
 
