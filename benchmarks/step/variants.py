@@ -27,10 +27,11 @@ class Variant:
     name: str
     kernels: str  # kernels.backend
     compiled: bool
-    attention: str = ""  # kernels.attention; empty: what `kernels` says
+    attention: str  # kernels.attention
 
     def __str__(self) -> str:
-        attention = f", attention by {self.attention}" if self.attention else ""
+        own = "sdpa" if self.kernels == "reference" else self.kernels
+        attention = "" if self.attention == own else f", attention by {self.attention}"
         return f"{self.kernels} kernels{attention}, {'torch.compile' if self.compiled else 'eager'}"
 
 
@@ -38,10 +39,10 @@ class Variant:
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("reference", "reference", False),
-        Variant("triton", "triton", False),
-        Variant("triton-compiled", "triton", True),
-        Variant("reference-compiled", "reference", True),
+        Variant("reference", "reference", False, "sdpa"),
+        Variant("triton", "triton", False, "triton"),
+        Variant("triton-compiled", "triton", True, "triton"),
+        Variant("reference-compiled", "reference", True, "sdpa"),
         Variant("sdpa-compiled", "triton", True, "sdpa"),
     )
 }
@@ -78,7 +79,7 @@ class Case:
             f"engine.device={self.device}",
             f"engine.compile={'on' if self.variant.compiled else 'off'}",
             f"kernels.backend={self.variant.kernels}",
-            *([f"kernels.attention={self.variant.attention}"] if self.variant.attention else []),
+            f"kernels.attention={self.variant.attention}",
             *(TOY if self.device == "cpu" else ()),
             *self.settings,
         ]

@@ -238,7 +238,7 @@ class KernelsConfig(Section):
         default=None,
         description="of attention: triton: ours; xformers: its memory_efficient_attention; sdpa: PyTorch's fused "
         "attention; eager: by its definition; auto: triton on cuda where there is a relative-position bias, else sdpa; "
-        "null: backend, of which reference is sdpa",
+        "null: auto, or sdpa where backend is reference",
     )
     masked_embed: Backend | None = Field(default=None, description="of the masked embedding; null: backend")
     loss: Backend | None = Field(default=None, description="of the head with its cross-entropy; null: backend")
@@ -247,7 +247,8 @@ class KernelsConfig(Section):
     @property
     def by_op(self) -> Kernels:
         every = self.backend
-        attention = self.attention or ("sdpa" if every == "reference" else every)
+        # not every model has an attention that Triton takes
+        attention = self.attention or ("sdpa" if every == "reference" else "auto")
         return Kernels(attention, self.masked_embed or every, self.loss or every, self.masks or every)
 
 

@@ -21,6 +21,7 @@ from fastbeit.config.sections import Size
 from fastbeit.data.decode import LUMA, Checked
 from fastbeit.data.index.reader import Index
 from fastbeit.data.plans import Plans
+from fastbeit.data.to_device import move
 from fastbeit.data.views import BRIGHTNESS, SATURATION, Rule
 
 FILTERS = {"bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
@@ -113,8 +114,10 @@ class Views:
         except Exception as err:
             self._problem = _dali_error(err)
             raise self._problem from err
-        # copies, since DALI writes its next batch where this one lies
+        # copies, since DALI writes its next batch where this one lies, as soon as it is released
         views = [torch.from_dlpack(view.as_tensor()).clone() for view in outputs]
+        if views[0].is_cuda:
+            torch.cuda.current_stream(views[0].device).synchronize()
         self._pipeline.release_outputs()
         self._begun.popleft()
         if not np.any(given.plans["factors"] != 1):
@@ -198,9 +201,9 @@ def jitter_rounds(plans: np.ndarray, grey: np.ndarray | None) -> np.ndarray:
 def jitter(images: Tensor, rounds: np.ndarray) -> Tensor:
     """`views.jitter` for [n, 3, h, w] uint8 images, on their device."""
     pixels = images.flatten(2).float()  # [n, 3, h w]
+    factors = move(torch.from_numpy(rounds.astype(np.float32)), images.device)[..., None, None]
     for number in range(3):
-        factors = torch.tensor(rounds[:, number, :, None, None], dtype=torch.float32).to(images.device)
-        scale, luma, shift, mean = factors.unbind(1)  # [n, 1, 1]
+        scale, luma, shift, mean = factors[:, number].unbind(1)  # [n, 1, 1]
         # sums of products, one operation at a time: the same bits on any number of threads
         if rounds[:, number, 1].any():
             red, green, blue = pixels.split(1, dim=1)

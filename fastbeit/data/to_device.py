@@ -22,7 +22,12 @@ def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Ge
     Two batches are on the device, the one that was given last and the next. Close it, and `batches` is closed.
     """
     if device.type != "cuda":
-        yield from batches
+        try:
+            for batch in batches:
+                # DALI decodes on a GPU that there is, whoever trains
+                yield replace(batch, **{name: getattr(batch, name).cpu() for name in _on_a_gpu(batch)})
+        finally:
+            batches.close()
         return
     copier = Copier(device)
     try:
@@ -30,6 +35,10 @@ def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Ge
             yield copier.end(begun)
     finally:
         batches.close()
+
+
+def _on_a_gpu(batch: Batch) -> list[str]:
+    return [name for name in MOVED if (one := getattr(batch, name)) is not None and one.is_cuda]
 
 
 def move(x: Tensor, device: torch.device) -> Tensor:

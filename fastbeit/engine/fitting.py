@@ -144,7 +144,8 @@ def dry_step(model: nn.Module, rehearsal: Rehearsal, num_images: int, dtype: tor
         peak = torch.cuda.max_memory_allocated(device) - others if device.type == "cuda" else 0
     except torch.OutOfMemoryError:
         peak = None
-        gc.collect()  # the graph may hang in circles
+    if peak is None:
+        gc.collect()  # the graph may hang in circles; the error, which holds it too, is gone by now
     model.zero_grad()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -9,12 +9,14 @@ import torch
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import load_saved
+from fastbeit.config.sections import KernelsConfig
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import why_no_dali
 from fastbeit.engine.ranks import World
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError
 from fastbeit.evaluate.masked import evaluate, token_histogram, unigram_baseline
-from fastbeit.model.beit import Beit, make_beit
+from fastbeit.model.beit import Beit, make_beit, num_outputs
+from fastbeit.model.kernels import chosen_kernels
 from fastbeit.tokenizer.disk import bundled_path, load_tokenizer
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
@@ -83,7 +85,11 @@ def open_run(run: Path) -> Trained:
             f"'{config.tokenizer.path or bundled_path()}' is not the tokenizer that the run was trained with",
             CHECKPOINT_UNUSABLE,
         )
-    model = make_beit(config, tokenizer.vocab_size if tokenizer else None)
+    # by what runs here, whatever the run was trained by
+    free = config.model_copy(update={"kernels": KernelsConfig()})
+    vocab_size = tokenizer.vocab_size if tokenizer else None
+    config, _ = chosen_kernels(free, num_outputs(config, vocab_size), world)
+    model = make_beit(config, vocab_size)
     model.load_state_dict(load_model(checkpoint))
     return Trained(
         config=config,

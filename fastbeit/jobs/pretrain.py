@@ -24,7 +24,7 @@ from fastbeit.engine.protocol import compiles, compute_dtype
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
-from fastbeit.model.beit import Beit, make_beit
+from fastbeit.model.beit import Beit, make_beit, num_outputs
 from fastbeit.model.kernels import chosen_kernels
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
@@ -54,7 +54,7 @@ def pretrain(config: Config, command: list[str]) -> int:
     config, pipeline = settle_pipeline(config, world, Path(config.out), tokens)
     index = open_index(Path(config.data.index))
     source = open_token_source(config, index, world.device)
-    chosen, lines = chosen_kernels(config, num_outputs(config, source), world)
+    chosen, lines = chosen_kernels(config, num_outputs(config, source.vocab_size), world)
     task = Pretraining(chosen, world, index, source, [str(pipeline), *lines, _how(config, world.device)])
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
@@ -124,7 +124,7 @@ class Pretraining:
     def _footprint(self) -> Footprint:
         return footprint(
             self.config,
-            num_outputs=num_outputs(self.config, self.source),
+            num_outputs=num_outputs(self.config, self.source.vocab_size),
             token_size=self.source.token_size,
             num_ranks=self.world.size,
             itemsize=compute_dtype(self.config.engine, self.world.device).itemsize,
@@ -162,12 +162,6 @@ class Pretraining:
                 f"data.num_crops={config.data.num_crops}: only so many crops an image; the official recipe draws new "
                 "ones (num_crops=0)"
             )
-
-
-def num_outputs(config: Config, source: TokenSource) -> int:
-    """V visual words; where pixels are regressed, the values of a patch."""
-    height, width = config.model.patch_size
-    return 3 * height * width if source.vocab_size is None else source.vocab_size
 
 
 def _how(config: Config, device: torch.device) -> str:

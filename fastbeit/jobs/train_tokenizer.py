@@ -150,7 +150,7 @@ class DvaeTraining:
             return None
         assert isinstance(model, DvaeTrainer)
         tokenizer, (batch,) = _tokenizer_of(model), self._calm_crops(1)
-        shown = batch.images[:NUM_SHOWN]
+        shown = batch.images[:NUM_SHOWN].cpu()  # DALI's lie on the GPU
         decoded = tokenizer.decode(tokenizer.encode(shown), tokenizer.grid(self.config.data.image_size)).cpu()
         log.picture("reconstructions", torch.cat([_side_by_side(shown), _side_by_side(decoded)]), step)
         self.held_out = self.judge(model)

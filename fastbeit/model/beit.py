@@ -118,13 +118,18 @@ class Beit(VisionTransformer):
         return self.norm(self.encode(x, keep, slots=predict_idx + 1))  # the cls token is token 0
 
 
+def num_outputs(config: Config, vocab_size: int | None) -> int:
+    """V visual words; where pixels are regressed, the values of a patch."""
+    height, width = config.model.patch_size
+    return 3 * height * width if vocab_size is None else vocab_size
+
+
 def make_beit(config: Config, vocab_size: int | None) -> Beit:
     """The model of a run, with the authors' start; `vocab_size` is of no use to the pixel objective."""
-    height, width = config.model.patch_size
     return Beit(
         config.model,
         image_size=config.data.image_size,
-        num_outputs=3 * height * width if vocab_size is None else vocab_size,
+        num_outputs=num_outputs(config, vocab_size),
         mean=config.data.mean,
         std=config.data.std,
         objective=config.objective,

@@ -6,12 +6,13 @@ said; what the configuration asks for by name and does not run ends the run befo
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastbeit import masking
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import AttentionBackend, Kernels, KernelsConfig
 from fastbeit.engine.protocol import compute_dtype
@@ -80,12 +81,13 @@ def _refusals(
                 refused[op] = str(err)
     if device.type != "cuda" or not HAS_TRITON:
         return refused
-    trials = trials_of(config, num_outputs, device, dtype)
-    if not torch.version.hip and torch.cuda.get_device_capability(device) < OLDEST:
-        trials = {op: _too_old for op in trials}
-    for op, trial in trials.items():
-        if getattr(wanted, op) in ("auto", "triton") and op not in refused and (why := tried(trial)):
-            refused[op] = why
+    old = not torch.version.hip and torch.cuda.get_device_capability(device) < OLDEST
+    for kind in dict.fromkeys((dtype, torch.float32)):  # a validation computes in float32
+        for op, trial in trials_of(config, num_outputs, device, kind).items():
+            if getattr(wanted, op) not in ("auto", "triton") or op in refused:
+                continue
+            if why := tried(_too_old if old else trial):
+                refused[op] = why
     return refused
 
 
@@ -139,9 +141,13 @@ def trials_of(
 
     def loss(backend: Backend) -> Results:
         hidden, weight = random(ROWS, D).requires_grad_(), (random(num_outputs, D, seed=1) / D**0.5).requires_grad_()
-        labels = torch.arange(ROWS, device=device) % num_outputs
-        total, _ = linear_cross_entropy(hidden, weight, None, labels, dtype=dtype, backend=backend)
-        return [total, *torch.autograd.grad(total, (hidden, weight))]
+        bias, labels = random(num_outputs, seed=2).requires_grad_(), torch.arange(ROWS, device=device) % num_outputs
+        total, _ = linear_cross_entropy(hidden, weight, bias, labels, dtype=dtype, backend=backend)
+        return [total, *torch.autograd.grad(total, (hidden, weight, bias))]
+
+    def masks(backend: Backend) -> Results:
+        sample = torch.arange(ROWS, device=device)
+        return [masking.draw(replace(masking.rule_of(config), backend=backend), sample * 0, sample).masked.float()]
 
     def attention(backend: Backend) -> Results:
         S, H = config.num_patches + 1, model.num_heads
@@ -150,6 +156,8 @@ def trials_of(
         return [out, *torch.autograd.grad(out, (qkv, bias), random(*out.shape, seed=2).to(dtype))]
 
     trials: dict[str, Callable[[Backend], Results]] = dict(masked_embed=embedding)
+    if config.mask != "none":
+        trials["masks"] = masks
     if config.objective == "tokens":
         trials["loss"] = loss
     has_bias = model.relative_position != "none"

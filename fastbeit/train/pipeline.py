@@ -1,7 +1,7 @@
 """Which pipeline a job decodes by: settled once, before anything is loaded, on all ranks alike.
 
 It is what `data.pipeline` says; for `auto`, in this order: what the run began with; what the tokens on disk were made
-by; DALI on a CUDA device where it can be imported; torch.
+by; torch. DALI's graph for a GPU has not run on one yet, so that nobody gets it without having asked for it.
 """
 
 from dataclasses import dataclass
@@ -83,4 +83,4 @@ def _by_device(device: torch.device) -> Choice:
     if device.type != "cuda":
         return Choice("torch", "auto: engine.device=cpu" if torch.cuda.is_available() else "auto: no CUDA device")
     problem = why_no_dali()
-    return Choice("torch", f"auto: no DALI, {problem}") if problem else Choice("dali", "auto: a CUDA device, and DALI")
+    return Choice("torch", f"auto: no DALI, {problem}" if problem else "auto; data.pipeline=dali decodes on the GPU")

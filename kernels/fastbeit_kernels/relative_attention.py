@@ -298,7 +298,8 @@ def _backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, lse: Ten
     num_groups = triton.cdiv(images, queries["GROUP"])
     grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     grad_scores = torch.empty(images, *bits.shape, device=qkv.device, dtype=qkv.dtype)
-    sums = torch.empty(num_groups, *bits.shape, device=qkv.device, dtype=torch.float32)
+    make = torch.empty if B else torch.zeros
+    sums = make(num_groups, *bits.shape, device=qkv.device, dtype=torch.float32)
     _relative_attention_bwd_delta_kernel[(triton.cdiv(S, DELTA_TILES["BLOCK_I"]), H, B)](
         out_ptr=out, grad_out_ptr=grad_out, delta_ptr=delta, S=S, H=H, K=K, **DELTA_TILES
     )

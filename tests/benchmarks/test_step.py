@@ -2,8 +2,7 @@
 
 import json
 import os
-import socket
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 from benchmarks.step import __main__ as step
 from benchmarks.step import counts, rates, training, warm
 from benchmarks.step.variants import DEFAULT, VARIANTS, Case, config_of
-from helpers.waiting import finished
+from helpers.ranks import deepspeed, launched, torchrun
 
 ROOT = Path(__file__).parents[2]
 TOY = "--device", "cpu", "--size", "B", "--steps", "2", "--batch", "2"
@@ -181,28 +180,12 @@ def test_operations_and_their_bytes():
 # ---- several ranks
 
 
-def free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return unused.getsockname()[1]
-
-
-@pytest.mark.parametrize(
-    "engine, launcher",
-    [
-        ("ddp", ("torchrun", "--standalone", "--nproc-per-node", "2", "-m")),
-        ("deepspeed", ("deepspeed", "--num_gpus", "2", "--module")),
-    ],
-)
-def test_two_ranks(engine: str, launcher: tuple[str, ...], tmp_path: Path):
+@pytest.mark.parametrize("engine, launcher", [("ddp", torchrun), ("deepspeed", deepspeed)])
+def test_two_ranks(engine: str, launcher: Callable[[], list[str]], tmp_path: Path):
     """Both take their steps, on halves of a batch; one prints and writes."""
     file = tmp_path / "rows.json"
-    paths = os.pathsep.join(filter(None, sys.path))
-    env = os.environ | dict(DS_ACCELERATOR="cpu", MASTER_PORT=str(free_port()), PYTHONPATH=paths)
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    command = [*launcher, "benchmarks.step", *TOY, "--variants", "reference", "--json", str(file)]
-    done = finished(command, cwd=ROOT, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [*launcher(), "benchmarks.step", *TOY, "--variants", "reference", "--json", str(file)]
+    done = launched(command, cwd=ROOT)
     assert done.stdout.count("B, reference kernels, eager, batch of 2, 2 ranks") == 1
     (row,) = json.loads(file.read_text())["rows"]
     assert (row["engine"], row["ranks"], row["batch"]) == (engine, 2, 2)

@@ -1,21 +1,20 @@
 """Several ranks, through the real launchers: what they compute is what one process computes."""
 
 import json
-import os
-import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastbeit.train.checkpoint import load_model, load_optimizer, resolve_checkpoint
+from helpers.ranks import deepspeed, launched, torchrun
 from helpers.tiny import make_parts, write_config
-from helpers.waiting import finished
 
-DEEPSPEED = "deepspeed", "--num_gpus", "2", "--module", "fastbeit"
-TORCHRUN = "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "fastbeit"
-SINGLE = sys.executable, "-m", "fastbeit"
+
+def single_process() -> list[str]:
+    return [sys.executable, "-m"]
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +27,11 @@ def run(folder):
     config = write_config(folder / "tiny.yaml")
     parts = [f"{key}={value}" for key, value in make_parts(folder).items()]
 
-    def run(out: str, launcher: tuple[str, ...], *overrides: str) -> Path:
-        start(*launcher, "pretrain", str(config), *parts, f"out={folder / out}", *overrides)
+    def run(out: str, launcher: Callable[[], list[str]], *overrides: str) -> Path:
+        launched([*launcher(), "fastbeit", "pretrain", str(config), *parts, f"out={folder / out}", *overrides])
         return folder / out
 
     return run
-
-
-def start(*command: str) -> None:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port())}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = finished([*command], env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return unused.getsockname()[1]
 
 
 def figures(out: Path, name: str) -> list[float]:
@@ -59,23 +45,23 @@ def losses(out: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def single(run) -> Path:
-    return run("single", SINGLE, "optim.steps=10", "log.save_every=5")
+    return run("single", single_process, "optim.steps=10", "log.save_every=5")
 
 
 @pytest.mark.parametrize(
     "launcher, overrides",
     [
-        pytest.param(DEEPSPEED, ["engine.name=deepspeed"], id="zero1"),
-        pytest.param(TORCHRUN, ["engine.name=ddp", "optim.accumulate=2"], id="ddp-accumulate"),
-        pytest.param(TORCHRUN, ["engine.name=ddp", "engine.compile=on"], id="ddp-compiled", marks=pytest.mark.long),
+        pytest.param(deepspeed, ["engine.name=deepspeed"], id="zero1"),
+        pytest.param(torchrun, ["engine.name=ddp", "optim.accumulate=2"], id="ddp-accumulate"),
+        pytest.param(torchrun, ["engine.name=ddp", "engine.compile=on"], id="ddp-compiled", marks=pytest.mark.long),
         pytest.param(
-            DEEPSPEED, ["engine.name=deepspeed", "engine.compile=on"], id="zero1-compiled", marks=pytest.mark.long
+            deepspeed, ["engine.name=deepspeed", "engine.compile=on"], id="zero1-compiled", marks=pytest.mark.long
         ),
     ],
 )
 def test_two_ranks_train_as_one(run, single, launcher, overrides, tmp_path):
     """Loss of each of 10 steps, then a resume in the middle, then the weights and moments at the end."""
-    name = f"{launcher[0]}-{len(''.join(overrides))}"
+    name = "-".join([launcher.__name__, *overrides])
     out = run(name, launcher, "optim.steps=10", "log.save_every=5", *overrides)
     # fp32 sums in another order over 10 steps of AdamW at a large learning rate
     assert losses(out) == pytest.approx(losses(single), abs=1e-4)
@@ -93,12 +79,12 @@ def test_two_ranks_train_as_one(run, single, launcher, overrides, tmp_path):
 
 def test_a_checkpoint_of_two_ranks_goes_on_in_one(run, single):
     """What DeepSpeed saved, one process takes up: whole tensors by name, whatever the engine."""
-    out = run("handover", DEEPSPEED, "engine.name=deepspeed", "optim.steps=10", "log.save_every=5")
+    out = run("handover", deepspeed, "engine.name=deepspeed", "optim.steps=10", "log.save_every=5")
     checkpoints = out / "checkpoints"
     for path in (checkpoints / "step-000010").iterdir():
         path.unlink()
     (checkpoints / "step-000010").rmdir()
-    run("handover", SINGLE, "optim.steps=10", "log.save_every=5")
+    run("handover", single_process, "optim.steps=10", "log.save_every=5")
     assert losses(out) == pytest.approx(losses(single), abs=1e-4)
 
 
@@ -108,8 +94,8 @@ def test_two_ranks_train_a_tokenizer_as_one(run, single, folder):
     # slowly: at a usual rate rounding soon turns a word that was drawn, and with it the loss
     settings += ["optim.batch_size=8", "optim.steps=10", "optim.lr=1e-5", "log.every=1", "engine.device=cpu"]
     command = ["tokenizer", "train", "--data", str(folder / "images.idx"), *settings]
-    start(*SINGLE, *command, "-o", str(folder / "dvae-one"))
-    start(*TORCHRUN, *command, "-o", str(folder / "dvae-two"))
+    launched([*single_process(), "fastbeit", *command, "-o", str(folder / "dvae-one")])
+    launched([*torchrun(), "fastbeit", *command, "-o", str(folder / "dvae-two")])
     (one, one_norms), (two, two_norms) = (
         [figures(folder / name, key) for key in ("loss", "grad_norm")] for name in ("dvae-one", "dvae-two")
     )

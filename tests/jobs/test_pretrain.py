@@ -279,7 +279,7 @@ def test_triton_and_reference_train_alike(train, monkeypatch):
     options = {"optim__steps": 20, "optim__batch_size": 2, "optim__lr": 1e-3}
     _, reference = train("reference", kernels__backend="reference", **options)
     assert not launched
-    _, triton = train("triton", kernels__backend="triton", **options)
+    _, triton = train("triton", kernels__backend="triton", kernels__attention="triton", **options)
     assert {"_masked_embed_fwd_kernel", "_block_masks_kernel", "_cross_entropy_fwd_kernel"} <= launched
     assert {"_relative_attention_fwd_kernel", "_relative_attention_bwd_queries_kernel"} <= launched
     # sums in another order: 1e-7 of a loss near 4 at first, and 20 updates that follow from it
@@ -315,4 +315,4 @@ def test_each_op_has_its_own_kernel_or_the_one_of_all(train, capfd):
     assert "kernels: attention sdpa, masked_embed reference, loss reference, masks triton" in said
     assert "attention: sdpa (on cpu)" in said
     config = KernelsConfig(backend="triton", loss="reference")
-    assert config.by_op == Kernels(attention="triton", masked_embed="triton", loss="reference", masks="triton")
+    assert config.by_op == Kernels(attention="auto", masked_embed="triton", loss="reference", masks="triton")

@@ -173,7 +173,7 @@ def test_what_does_not_run_is_said(device: str, monkeypatch: pytest.MonkeyPatch)
 def test_one_word_for_all_kernels_and_one_for_attention():
     assert KernelsConfig().by_op.attention == "auto"
     assert KernelsConfig(backend="reference").by_op.attention == "sdpa"
-    assert KernelsConfig(backend="triton").by_op.attention == "triton"
+    assert KernelsConfig(backend="triton").by_op.attention == "auto"
     assert KernelsConfig(backend="triton", attention="eager").by_op.attention == "eager"
 
 

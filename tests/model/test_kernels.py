@@ -1,12 +1,13 @@
 """Which kernels a run takes: tried against plain PyTorch, replaced by name, alike on all ranks."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
 import torch
 
 from fastbeit.config.pretrain import Config
+from fastbeit.config.sections import Kernels
 from fastbeit.engine.ranks import World
 from fastbeit.errors import ConfigError
 from fastbeit.model import kernels as module
@@ -15,6 +16,7 @@ from fastbeit_kernels.backend import INTERPRETED
 from helpers.tiny import SETTINGS
 
 CPU = torch.device("cpu")
+OPS = [field.name for field in fields(Kernels)]
 
 
 def config(**kernels: Any) -> Config:
@@ -39,7 +41,7 @@ def test_plain_pytorch_on_a_cpu():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="interprets the kernels")
-@pytest.mark.parametrize("op", ["masked_embed", "loss", "attention"])
+@pytest.mark.parametrize("op", OPS)
 def test_each_kernel_passes_its_trial(op: str, monkeypatch: pytest.MonkeyPatch):
     """On a CPU attention would not be tried: nobody asks for it there."""
     monkeypatch.setattr(module, "attention_choice", lambda *_: ("triton", ""))

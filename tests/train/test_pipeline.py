@@ -43,9 +43,9 @@ def settled(device=CPU, run=None, tokens=None, *settings: str) -> Choice:
     return choice
 
 
-def test_auto_is_dali_on_cuda_where_it_imports(dali):
+def test_auto_is_torch_and_says_what_else_there_is(dali):
     assert str(settled(CPU)) == "pipeline: torch (auto: no CUDA device)"
-    assert str(settled(CUDA)) == "pipeline: dali (auto: a CUDA device, and DALI)"
+    assert str(settled(CUDA)) == "pipeline: torch (auto; data.pipeline=dali decodes on the GPU)"
     dali(NO_DALI)
     assert str(settled(CUDA)) == "pipeline: torch (auto: no DALI, No module named 'nvidia')"
 
@@ -96,7 +96,7 @@ def test_a_run_from_before_there_was_a_choice_was_by_torch(dali, tmp_path, kind)
 def test_a_directory_that_holds_no_run_decides_nothing(dali, tmp_path, content):
     if content:
         (tmp_path / "config.yaml").write_text(content)
-    assert settled(CUDA, tmp_path).name == "dali"
+    assert settled(CUDA, tmp_path).name == "torch"
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +176,9 @@ world = start_world(EngineConfig(device="cpu"))
 # each believes that it has a card, so that DALI alone decides
 there = World(world.rank, world.size, torch.device("cuda", 0), world.host_group)
 told = []
-for missing, settings in ((None, []), ([1], []), ([1], ["data.pipeline=dali"]), ([0, 1], [])):
-    pipeline.why_no_dali = lambda: "no DALI" if world.rank in (missing or []) else None
+own = "data.pipeline=" + ("torch" if world.rank else "dali")
+for missing, settings in ((1, []), (1, ["data.pipeline=dali"]), (None, [own])):
+    pipeline.why_no_dali = lambda: "no DALI" if world.rank == missing else None
     try:
         told.append(pipeline.settle_pipeline(configure(Config, settings), there, None, None)[0].data.pipeline)
     except RunError as err:
@@ -194,11 +195,11 @@ def test_ranks_have_one_pipeline_or_an_error_that_names_them(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     one, other = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
     assert one == other
-    alike, apart, lacking, neither = one
-    assert alike == "dali" and neither == "torch"
+    alike, lacking, apart = one
+    assert alike == "torch"
     assert apart == [
-        "the ranks chose different pipelines: rank 0: pipeline: dali (auto: a CUDA device, and DALI); rank 1: "
-        "pipeline: torch (auto: no DALI, no DALI). Set data.pipeline, for all of them",
+        "the ranks chose different pipelines: rank 0: pipeline: dali (as data.pipeline says); rank 1: "
+        "pipeline: torch (as data.pipeline says). Set data.pipeline, for all of them",
         2,
     ]
     assert lacking[0].startswith("rank 1: pipeline: dali (as data.pipeline says), but no DALI; pip install")
