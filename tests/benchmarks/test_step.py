@@ -54,7 +54,7 @@ def test_steps_of_a_toy_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_the_trainers_default_comes_first():
     first, second, third = (VARIANTS[name] for name in DEFAULT)
     assert first.kernels == second.kernels == "triton" and first.compiled and second.compiled
-    assert (first.attention, second.attention) == ("", "sdpa")
+    assert (first.attention, second.attention) == ("triton", "sdpa")
     assert third.kernels == "reference" and not third.compiled
     ops = Case("B", second, 256).config.kernels.by_op
     assert (ops.attention, ops.loss, ops.masked_embed, ops.masks) == ("sdpa", "triton", "triton", "triton")
