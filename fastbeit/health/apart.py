@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,12 +60,12 @@ def main(answers: Path) -> None:
     """The process: what is asked on stdin, a finding a line into `answers`."""
     asked = json.load(sys.stdin)
     config, device = Config.model_validate(asked["config"]), torch.device(asked["device"])
-    looks: dict[str, Callable[[], Finding]] = {
-        **{name: (lambda name=name: package(name, config, device)) for name in HOW_TO_GET},
-        **{" ".join(p): (lambda p=p: operator(p, config, asked["num_outputs"], device)) for p in pairs_of(config)},
-    }
     for name in asked["names"]:
-        found = looks[name]()
+        if name in HOW_TO_GET:
+            found = package(name, config, device)
+        else:
+            op, backend = name.split()
+            found = operator((op, backend), config, asked["num_outputs"], device)
         with answers.open("a") as file:
             file.write(json.dumps(asdict(found)) + "\n")
         if device.type == "cuda":

@@ -8,6 +8,7 @@ from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import AttentionBackend
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.health.finding import Finding
+from fastbeit.health.packages import HOW_TO_GET, is_there
 from fastbeit.model.attention import check_attention
 from fastbeit.model.trials import trials_of, tried
 from fastbeit_kernels.backend import HAS_TRITON
@@ -50,10 +51,12 @@ def operator(pair: Pair, config: Config, num_outputs: int, device: torch.device)
 
 
 def _unused(op: str, backend: str, config: Config) -> tuple[Any, ...] | None:
+    if backend == "xformers" and not is_there("xformers"):
+        return "absent", "", "xformers is not installed", HOW_TO_GET["xformers"]
     if backend != "triton":
         return None
     if not HAS_TRITON:
-        return "absent", "", "triton is not installed", "pip install 'triton>=3.6' (Linux)"
+        return "absent", "", "triton is not installed", HOW_TO_GET["triton"]
     head_width = config.model.width // config.model.num_heads
     if op == "attention" and (why := refusal(config.num_patches + 1, head_width)):
         return "unused", "", f"it takes {why}", "another attention serves; auto takes sdpa"

@@ -42,7 +42,7 @@ HOW_TO_GET = {
 def package(name: str, config: Config, device: torch.device) -> Finding:
     """Import a package of `HOW_TO_GET`, and try what fastbeit wants of it."""
     fix = HOW_TO_GET[name]
-    if not _is_there(name):
+    if not is_there(name):
         return Finding(name, "absent", why="not installed", fix=fix)
     found = ""
     try:
@@ -54,7 +54,7 @@ def package(name: str, config: Config, device: torch.device) -> Finding:
     return Finding(name, "wrong", found, wrong[0], wrong[1] or fix) if wrong else Finding(name, "runs", found)
 
 
-def _is_there(name: str) -> bool:
+def is_there(name: str) -> bool:
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # not even the package that it is in
@@ -79,7 +79,7 @@ def _apex(module: Any, config: Config, device: torch.device) -> Wrong | None:
         raise
     if not hasattr(optimizers, "FusedAdam"):
         return "NVIDIA's apex, without FusedAdam", ""
-    if not _is_there("amp_C"):
+    if not is_there("amp_C"):
         return "NVIDIA's apex, built without its CUDA extensions: amp_C is missing", ""
     return None
 

@@ -60,9 +60,13 @@ def test_a_bias_gradient_that_is_wrong_by_one_percent_is_named(monkeypatch: pyte
     assert found.fix.startswith("kernels.loss=reference")
 
 
-def test_attention_that_does_not_run_is_told():
+def test_attention_that_does_not_run_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(operators, "is_there", lambda name: True)
+    monkeypatch.setattr(operators, "check_attention", lambda *_: "no kernel image")
     found = look(("attention", "xformers"))
-    assert found.state == "wrong" and "xformers" in found.why and found.fix == "take kernels.attention=auto"
+    assert (found.state, found.why, found.fix) == ("wrong", "no kernel image", "take kernels.attention=auto")
+    monkeypatch.setattr(operators, "is_there", lambda name: False)
+    assert look(("attention", "xformers")).state == "absent"
 
 
 def test_shapes_that_a_kernel_does_not_take_are_told():
