@@ -26,6 +26,7 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit data show CONFIG [-o sheet.png]         a picture of what training sees: crops, token views, masks
   fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues
   fastbeit report RUN                              pictures and the HTML page of a run
+  fastbeit doctor [CONFIG] [key=value ...]         what of this machine a run can use, and whether each kernel is right
 
 `fastbeit VERB --help` says more; `fastbeit --version` prints the version. On several GPUs:
   deepspeed --module fastbeit pretrain CONFIG [key=value ...]
@@ -288,6 +289,32 @@ def _demo(args: list[str]) -> int:
     return run_demo(options.out, options.data, options.pretrain, NUM_CROPS, ["fastbeit", "demo", *args])
 
 
+def _doctor(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit doctor",
+        description="Packages and cards: what a run of CONFIG can use here, what not, why, and how to get it. Each "
+        "fused operator, by each of its implementations, is checked against float64 at the run's shapes; without a "
+        "card, kernels are interpreted at small ones. Ends with 2 where something that CONFIG asks for by name does "
+        "not run.",
+    )
+    parser.add_argument("settings", nargs="*", metavar="CONFIG key=value", help="as for `fastbeit pretrain`; or BEiT-B")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    options, more = parser.parse_known_intermixed_args(args)
+
+    from fastbeit.config.pretrain import Config
+    from fastbeit.config.read import configure, load_config
+
+    settings = [*options.settings, *more]
+    if settings and "=" not in settings[0]:
+        config = load_config(settings[0], overrides_of(settings[1:]))
+    else:
+        config = configure(Config, overrides_of(settings))
+
+    from fastbeit.jobs.doctor import PAPERS_WORDS, doctor, num_outputs_of
+
+    return doctor(config, num_outputs_of(config) if settings else PAPERS_WORDS, options.json)
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "index": _index,
@@ -297,4 +324,5 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": _data,
     "pretrain": _pretrain,
     "report": _report,
+    "doctor": _doctor,
 }

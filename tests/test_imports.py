@@ -14,7 +14,7 @@ FLOORS = (
     {"config"},
     {"data", "engine", "masking"},
     {"model", "tokenizer"},
-    {"train", "weights"},
+    {"health", "train", "weights"},
     {"evaluate"},
     {"jobs"},
     {"cli"},

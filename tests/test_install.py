@@ -93,3 +93,11 @@ def test_a_cpu_pre_trains(python, tmp_path):
     ):
         said = python(*command, f"out={tmp_path / 'other'}", setting)
         assert said.returncode == 2 and wanted in said.stderr and "Traceback" not in said.stderr, said.stderr
+
+
+def test_the_doctor_says_what_is_absent_and_how_to_get_it(python):
+    said = python("-m", "fastbeit", "doctor", "kernels.loss=triton")
+    assert said.returncode == 2 and "kernels.loss=triton: triton is not installed; pip install" in said.stderr
+    rows = {line.split()[0]: line for line in said.stdout.splitlines()}
+    for name, wanted in (("triton", "'triton>=3.6'"), ("deepspeed", "deepspeed>=0.19"), ("nvidia.dali", "nvidia-dali")):
+        assert " absent " in rows[name] and wanted in rows[name]

@@ -135,6 +135,14 @@ def load_tokenizer(
     return kind.tokenizer(_read_into(encoder, weights, kind.prefixes[0], device), read_decoder, found, dtype)
 
 
+def vocab_size_of(path: Path | str = "") -> int:
+    """How many visual words a tokenizer has, by its card alone; path and errors as in `load_tokenizer`."""
+    weights, card_file = _files(Path(path) if str(path) else bundled_path())
+    card = _read_card(weights, card_file)
+    arch = _validated(KINDS[card.kind].architecture, card.architecture, f"'{card_file}': architecture.")
+    return arch.model_dump()["vocab_size"]
+
+
 def bundled_path() -> Path:
     """The bundled tokenizer; its card says what it was trained on."""
     return BUNDLED
