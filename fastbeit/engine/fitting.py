@@ -16,6 +16,8 @@ from fastbeit.engine.ranks import World
 from fastbeit.errors import RunError
 
 RESERVE = 0.05  # of the card: what the allocator cannot join, and what the frozen tokenizer leaves in its cache
+# of a card's memory: what the driver keeps for itself, the CUDA context, and OpenAI's tokenizer; estimates
+USABLE, TAKEN_BYTES = 0.98, 2**30
 SMALL = 32  # images a micro-batch; with fewer, recomputing blocks may cost less time than small products. Not measured
 RECOMPUTE = "engine.checkpoint_blocks=true makes room, for a quarter more time"
 MIB = 2**20
@@ -113,6 +115,11 @@ def search(
         if count == images:
             return count, None
         count = next_count(images, count)
+
+
+def expected_room(memory_gib: int) -> int:
+    """Bytes that a step will find on a card that nobody else uses."""
+    return int((USABLE - RESERVE) * memory_gib * 2**30) - TAKEN_BYTES
 
 
 def fewest(images: int, footprint: Footprint, room: int) -> int:
