@@ -26,8 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import load_config
-from fastbeit.engine.fitting import expected_room, fewest
-from fastbeit.engine.memory import footprint
+from fastbeit.engine.memory import expected_room, fewest, footprint
 from fastbeit.model.attention import BIAS_ALIGNMENT
 from fastbeit.model.beit import Beit, make_beit
 from fastbeit_kernels import backend

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import KernelsConfig, ModelConfig
+from fastbeit.engine.cards import CARDS, Card
 
 LARGE = ModelConfig(width=1024, depth=24, num_heads=16, mlp_width=4096)
 # of a model, what changes its time; the rest are rates and the start
@@ -15,16 +16,16 @@ SHAPE = "width", "depth", "num_heads", "mlp_width", "patch_size", "relative_posi
 class Step:
     """Forward, backward and AdamW on images that are on the card: our kernels, blocks compiled, bf16."""
 
-    card: str  # as in `CARDS`
+    card: Card
     model: ModelConfig
     images: int  # of a micro-batch
     step_ms: float
     host_ms: float  # until it is enqueued
 
 
-STEPS = (Step("h100", ModelConfig(), 256, 76.9, 36.0), Step("h100", LARGE, 128, 119.9, 59.0))
-# images/s of OpenAI's dVAE, fp16, masked patches alone, 112 x 112
-TOKENIZED = {"h100": 5830}
+STEPS = (Step(CARDS["h100"], ModelConfig(), 256, 76.9, 36.0), Step(CARDS["h100"], LARGE, 128, 119.9, 59.0))
+# images/s of OpenAI's dVAE, fp16, masked patches alone
+TOKENIZED, TOKENIZED_ON, TOKENIZED_VIEW = 5830, CARDS["h100"], (112, 112)
 HOST_MS = 3.0  # a block, that the host takes to enqueue a micro-batch: the larger of the two sizes
 
 # images/s of a core of the torch pipeline, by views (token view and patch view, or that one alone) and jitter
@@ -36,7 +37,7 @@ LARGE_PHOTOS = {"off": 68.6, "full_image": 62.8, "crop": 61.4}  # JPEGs of 3 meg
 SHARDED_PHOTOS = {"off": 366.6, "full_image": 299.3, "crop": 340.1}  # the same after `fastbeit shard`
 
 
-def measured_step(config: Config, card: str) -> Step | None:
+def measured_step(config: Config, card: Card) -> Step | None:
     """None: a step of this configuration has not been timed on this card."""
     default = Config()
     if (
@@ -49,7 +50,7 @@ def measured_step(config: Config, card: str) -> Step | None:
     ):
         return None
     shape = _shape(config.model)
-    return next((step for step in STEPS if step.card == card and _shape(step.model) == shape), None)
+    return next((step for step in STEPS if step.card is card and _shape(step.model) == shape), None)
 
 
 def _shape(model: ModelConfig) -> list[Any]:
