@@ -147,16 +147,16 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     view = _token_size(config)
     tokens_per_s, tokenizer = _tokenizing(machine.card, view) if view else (math.inf, "")
     compute_ms, host_ms, compute = _computing(config, machine, step)
+    exchange = exchange_ms(
+        machine.card, machine.gpus, machine.gpus_per_node, WEIGHT_BYTES * count_weights(config, num_outputs)
+    )
+    window = 0.0 if step.engine == "ZeRO-1" else BACKWARD * compute_ms / step.accumulate
     sources = {"tokens on the fly": tokens_per_s, "stored tokens": math.inf} if view else {"pixels": math.inf}
     runs = {}
     for source, rate in sources.items():
-        images = optim.batch_size // machine.gpus
-        exchange = exchange_ms(
-            machine.card, machine.gpus, machine.gpus_per_node, WEIGHT_BYTES * count_weights(config, num_outputs)
-        )
-        window = 0.0 if step.engine == "ZeRO-1" else BACKWARD * compute_ms / step.accumulate
-        time = StepTime(compute_ms, 1e3 * images / rate, host_ms, exchange, window)
-        runs[source] = _run(config, machine, time, num_steps, "two views" if math.isfinite(rate) else "one view")
+        tokenizer_ms = 1e3 * optim.batch_size / machine.gpus / rate
+        time = StepTime(compute_ms, tokenizer_ms, host_ms, exchange, window)
+        runs[source] = _run(config, machine, time, num_steps, "two views" if tokenizer_ms else "one view")
     return Plan(
         machine=machine,
         card=machine.card,
@@ -262,7 +262,7 @@ def _computing(config: Config, machine: Machine, step: Fitted) -> tuple[float, f
     ms = step_ms(card, images, step_flops(config, num_outputs), kept.saved, count_weights(config, num_outputs))
     again = RECOMPUTE_TIME if config.engine.checkpoint_blocks else 1.0
     whose = "" if card.shares.known else ", at the share of its data sheet that an H100 reaches"
-    return again * ms, HOST_MS * config.model.depth * step.accumulate, f"predicted{whose}"
+    return again * ms, HOST_MS * config.model.depth * step.accumulate, f"predicted, a lower bound{whose}"
 
 
 def _tokenizing(card: Card, view: Size) -> tuple[float, str]:
