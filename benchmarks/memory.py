@@ -26,15 +26,12 @@ from torch.utils._pytree import tree_leaves
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import load_config
-from fastbeit.engine.fitting import RESERVE, fewest
-from fastbeit.engine.memory import footprint
+from fastbeit.engine.memory import expected_room, fewest, footprint
 from fastbeit.model.attention import BIAS_ALIGNMENT
 from fastbeit.model.beit import Beit, make_beit
 from fastbeit_kernels import backend
 
 CARDS_GB = 24, 40, 80
-# of a card's memory: what the driver keeps for itself, the CUDA context, and OpenAI's tokenizer; estimates
-USABLE, TAKEN_BYTES = 0.98, 2**30
 VOCAB_SIZE, STRIDE = 8192, 8  # OpenAI's tokenizer: words, and pixels of its view a token
 
 
@@ -183,7 +180,7 @@ def plan(config: Config, num_ranks: int) -> str:
     )
     lines = [f"Memory, predicted for {num_ranks} rank(s) with {images} images each, a rank a card:"]
     for card in CARDS_GB:
-        room = int((USABLE - RESERVE) * card * 2**30) - TAKEN_BYTES
+        room = expected_room(card)
         count = fewest(images, found, room)
         peak = found.peak(images // count)
         fits = f"peak {peak / 2**30:.1f} GiB" if peak <= room else f"does not fit: {peak / 2**30:.1f} GiB"

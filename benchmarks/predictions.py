@@ -1,36 +1,26 @@
 """What an H100 and an A100 should need; `make gpu` puts what they do need beside it.
 
 Kernels: of BEiT-B with 256 images, by `python -m benchmarks.kernels --predict`, which computes them anew (formula:
-benchmarks/kernels/predict.py). A step whose kernels are ours and whose blocks are compiled:
-
-    predicted = images * (FLOPs / matrix rate + 4 * saved / memory bandwidth) + 28 * weights / memory bandwidth
-
-FLOPs of an image as benchmarks/step/rates.py counts them; saved: bytes that the forward of an image leaves to the
-backward (fastbeit/engine/memory.py), each written once and read once, as its gradient is; 28: AdamW reads four and
-writes three float32 of a weight. Launches, and a host that is late, are left out: a bound, not a forecast. The formula
-was written when both sizes had been timed on an H100; it has no number that was fitted to them.
+benchmarks/kernels/predict.py). Steps: fastbeit/engine/forecast.py, with FLOPs of an image as benchmarks/step/rates.py
+counts them.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from fastbeit.engine.cards import CARDS, Card
+
 TOO_FAR = 1.3  # measured over predicted, or the inverse: where one of both wants an explanation
-ADAMW_BYTES = 28  # of a weight
-PASSES = 4  # over what is saved
 
 
 @dataclass(frozen=True)
 class Chip:
-    """`copy`, `products` are what is reached, not the data sheet's (80 % to 90 % of it).
-
-    The limits: CUDA C programming guide, technical specifications by compute capability. H100: the SXM model.
-    """
+    """The limits: CUDA C programming guide, technical specifications by compute capability. H100: the SXM model."""
 
     name: str
+    card: Card
     target: str
     sms: int
-    copy: float  # bytes/s of torch.clone
-    products: float  # FLOP/s of a large bf16 product
     latency: float  # s from a load to its value, of memory under load
     l2: float  # bytes/s; assumption: 60 % of 5,120 bytes a clock (NVIDIA's A100 white paper; taken for H100 too)
     shared: int  # bytes an SM
@@ -38,9 +28,17 @@ class Chip:
     threads: int = 2048
     blocks: int = 32
 
+    @property
+    def copy(self) -> float:
+        return self.card.copy
 
-A100 = Chip("A100", "sm_80", 108, 1.75e12, 235e12, 450e-9, 0.6 * 5120 * 1.41e9, 164 * 1024)
-H100 = Chip("H100", "sm_90", 132, 3.0e12, 650e12, 500e-9, 0.6 * 5120 * 1.755e9, 228 * 1024)
+    @property
+    def products(self) -> float:
+        return self.card.products
+
+
+A100 = Chip("A100", CARDS["a100-80gb"], "sm_80", 108, 450e-9, 0.6 * 5120 * 1.41e9, 164 * 1024)
+H100 = Chip("H100", CARDS["h100"], "sm_90", 132, 500e-9, 0.6 * 5120 * 1.755e9, 228 * 1024)
 CHIPS = H100, A100
 
 # microseconds on each chip, by question of benchmarks/first_hour and a word in the cases that they are of
@@ -54,16 +52,6 @@ KERNELS_US = {
 def chip_of(gpu: str | None) -> Chip | None:
     """None: nothing is predicted for this card."""
     return next((chip for chip in CHIPS if gpu and chip.name in gpu), None)
-
-
-def step_ms(chip: Chip, num_images: int, flops: float, saved: int, num_weights: int) -> float:
-    """Of a step on one card.
-
-    Args:
-        flops, saved: of an image.
-    """
-    of_image = flops / chip.products + PASSES * saved / chip.copy
-    return 1e3 * (num_images * of_image + ADAMW_BYTES * num_weights / chip.copy)
 
 
 def kernel_us(gpu: str | None, question: str, case: str) -> float | None:

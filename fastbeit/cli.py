@@ -25,6 +25,7 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit tokenize CONFIG data.num_crops=K        tokens of K crops an image ahead of time; pretrain data.tokens=tokens
   fastbeit data show CONFIG [-o sheet.png]         a picture of what training sees: crops, token views, masks
   fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues
+  fastbeit plan CONFIG --gpus N --gpu NAME         memory, hours, disk and cores that it will take, on any computer
   fastbeit report RUN                              pictures and the HTML page of a run
   fastbeit doctor [CONFIG] [key=value ...]         what of this machine a run can use, and whether each kernel is right
 
@@ -259,6 +260,31 @@ def _data(args: list[str]) -> int:
     return DONE
 
 
+def _plan(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit plan",
+        description="What pre-training takes on GPUs that need not be there: memory, micro-batches, hours, disk and "
+        "processor cores. Formulas and their assumptions: docs/planning.md.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="as for `fastbeit pretrain`")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for `fastbeit pretrain`")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help="h100, for example; a wrong name lists them")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(8)")
+    parser.add_argument("--images", type=int, default=1_281_167, metavar="N", help="of the data set (ImageNet-1k's)")
+    parser.add_argument("--image-kb", type=float, default=110, metavar="KB", help="an image's file on average (110)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    options, more = parser.parse_known_intermixed_args(args)
+
+    from fastbeit.config.read import load_config
+    from fastbeit.jobs.plan import Machine, plan
+
+    config = load_config(options.config, overrides_of([*options.settings, *more]))
+    machine = Machine(options.gpus, options.gpu, options.gpus_per_node, options.images, options.image_kb)
+    print(plan(config, machine, options.json))
+    return DONE
+
+
 def _report(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit report", description="Measure and draw what a run learnt: PNG files and one HTML page."
@@ -323,6 +349,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "tokenize": _tokenize,
     "data": _data,
     "pretrain": _pretrain,
+    "plan": _plan,
     "report": _report,
     "doctor": _doctor,
 }

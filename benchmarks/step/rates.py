@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.predictions import Chip, step_ms
+from benchmarks.predictions import Chip
 from benchmarks.results import Row
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import KernelsConfig
+from fastbeit.engine.cards import CARDS
+from fastbeit.engine.forecast import step_ms
 from fastbeit.engine.memory import count_weights, footprint
 from fastbeit.model.attention import take
 from fastbeit.model.beit import Beit, make_beit
 
 VOCAB_SIZE = 8192
 # dense bfloat16 of the data sheets, FLOP/s; H100 and H200 of the SXM kind alone: the others have lower clocks
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAKS = {"H100": CARDS["h100"].peak, "H200": CARDS["h200"].peak, "A100": CARDS["a100-80gb"].peak}
 NOT_SXM = "PCIe", "NVL", "GH200"
 ANCHORS: tuple[Row, ...] = (
     dict(who="nvSubquadratic", what="ViT-B class on an H100, with data", images_per_s=2119),
@@ -46,7 +48,7 @@ class Work:
 
     def step_ms(self, chip: Chip, num_images: int) -> float:
         """Predicted, of a step on one card."""
-        return step_ms(chip, num_images, self.flops, self.saved, self.num_weights)
+        return step_ms(chip.card, num_images, self.flops, self.saved, self.num_weights)
 
 
 def work_of(config: Config) -> Work:

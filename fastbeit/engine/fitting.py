@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig, OptimConfig
-from fastbeit.engine.memory import Footprint
+from fastbeit.engine.memory import RESERVE, SMALL, Footprint, fewest
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World
 from fastbeit.errors import RunError
 
-RESERVE = 0.05  # of the card: what the allocator cannot join, and what the frozen tokenizer leaves in its cache
-SMALL = 32  # images a micro-batch; with fewer, recomputing blocks may cost less time than small products. Not measured
 RECOMPUTE = "engine.checkpoint_blocks=true makes room, for a quarter more time"
 MIB = 2**20
 
@@ -113,12 +111,6 @@ def search(
         if count == images:
             return count, None
         count = next_count(images, count)
-
-
-def fewest(images: int, footprint: Footprint, room: int) -> int:
-    """The least number of micro-batches whose predicted peak has room; as many as images where none has."""
-    counts = [count for count in range(1, images + 1) if images % count == 0]
-    return next((count for count in counts if footprint.peak(images // count) <= room), images)
 
 
 def next_count(images: int, count: int) -> int:

@@ -14,7 +14,7 @@ after its attention with the M slots alone. What is saved is counted in tests/en
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Size
@@ -24,6 +24,10 @@ BATCHES = 2  # on the device: the next is copied during a step
 WORKSPACE_BYTES = 64 * 2**20  # that cuBLAS takes on Hopper, on older cards less
 BIAS_ALIGNMENT = 16  # values that a row of the relative-position bias is padded to
 ZERO_BUCKET_BYTES = 4 * 500_000_000  # DeepSpeed's default, whatever the model; one for each dtype of its gradients
+RESERVE = 0.05  # of the card: what the allocator cannot join, and what the frozen tokenizer leaves in its cache
+# of a card's memory: what the driver keeps for itself, the CUDA context, and OpenAI's tokenizer; estimates
+USABLE, TAKEN_BYTES = 0.98, 2**30
+SMALL = 32  # images a micro-batch; with fewer, recomputing blocks may cost less time than small products. Not measured
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,28 @@ def footprint(config: Config, *, num_outputs: int, token_size: Size | None, num_
         saved=_saved(config, itemsize),
         temporary=max(_temporary(config, itemsize), _logits(config, num_outputs, itemsize)),
     )
+
+
+def expected_room(memory_gib: int) -> int:
+    """Bytes that a step will find on a card that nobody else uses."""
+    return int((USABLE - RESERVE) * memory_gib * 2**30) - TAKEN_BYTES
+
+
+def fewest(images: int, footprint: Footprint, room: int) -> int:
+    """The least number of micro-batches whose predicted peak has room; as many as images where none has."""
+    counts = [count for count in range(1, images + 1) if images % count == 0]
+    return next((count for count in counts if footprint.peak(images // count) <= room), images)
+
+
+def shared_further(zero_1: Footprint, stage: int, num_ranks: int) -> Footprint:
+    """What ZeRO-1 would take as stage 2, which shares gradients too, or 3, which also shares weights.
+
+    No engine of ours does it: a formula alone. Of stage 3 the block is left out whose weights are gathered.
+    """
+    share = zero_1.weights // num_ranks
+    # ZeRO-1's share of the sum of gradients is the gradients of stage 2
+    found = replace(zero_1, gradients=share, optimizer=zero_1.optimizer - share)
+    return replace(found, weights=share) if stage == 3 else found
 
 
 def count_weights(config: Config, num_outputs: int) -> int:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastbeit import masking
 from fastbeit.config.pretrain import Config
 from fastbeit.data.batch import Batch
+from fastbeit.data.epochs import steps_per_epoch
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
-from fastbeit.data.plans import steps_per_epoch
 from fastbeit.data.sampling import drop_path_keep
 from fastbeit.data.to_device import move, on_device
 from fastbeit.engine.fitting import Rehearsal

@@ -17,9 +17,10 @@ from fastbeit import masking
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Size
 from fastbeit.data.decode import decode
+from fastbeit.data.epochs import steps_per_epoch
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
-from fastbeit.data.plans import Plans, steps_per_epoch
+from fastbeit.data.plans import Plans
 from fastbeit.data.sampling import JITTER_OPS
 from fastbeit.engine.ranks import World, device_of
 from fastbeit.errors import CANNOT_WRITE, ConfigError, RunError

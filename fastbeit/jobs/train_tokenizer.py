@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fastbeit.config.sections import DataConfig
 from fastbeit.config.tokenizer import TokenizerTrainConfig
 from fastbeit.data.batch import Batch
+from fastbeit.data.epochs import steps_per_epoch
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
-from fastbeit.data.plans import steps_per_epoch
 from fastbeit.data.to_device import on_device
 from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.ranks import World, start_world

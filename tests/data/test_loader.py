@@ -14,10 +14,11 @@ import torch
 from fastbeit.config.sections import DataConfig
 from fastbeit.data import workers
 from fastbeit.data.decode import check, decode, decode_reference
+from fastbeit.data.epochs import steps_per_epoch
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
-from fastbeit.data.plans import Plans, places_at, steps_per_epoch
+from fastbeit.data.plans import Plans, places_at
 from fastbeit.errors import BadImage, ConfigError, DataError
 from fastbeit.train.bad_samples import BadSamples
 from helpers import photos

@@ -9,7 +9,7 @@ import torch
 from benchmarks.memory import count_step, main, saved_bytes
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import ModelConfig
-from fastbeit.engine.memory import Footprint, count_weights, footprint
+from fastbeit.engine.memory import Footprint, count_weights, footprint, shared_further
 from fastbeit.model.beit import make_beit
 from fastbeit.model.vit import Block
 from helpers.tiny import SETTINGS
@@ -144,3 +144,12 @@ def test_what_ranks_share():
     # master weights, two moments, this rank's sum of gradients
     assert few.optimizer - many.optimizer == 4 * few.weights // 2 - 4 * few.weights // 8
     assert few.weights == many.weights == few.gradients
+
+
+def test_what_further_stages_would_share():
+    zero = predicted(Config.model_validate({"engine": {"name": "deepspeed"}}), num_ranks=8)
+    second, third = (shared_further(zero, stage, 8) for stage in (2, 3))
+    # gradients are there once, not whole and this rank's sum of them
+    assert zero.static - second.static == zero.gradients
+    assert second.static - third.static == zero.weights - zero.weights // 8
+    assert third.peak(4) - third.static == zero.peak(4) - zero.static
