@@ -5,6 +5,7 @@ other names, `NAME.safetensors` and `NAME.json`, goes by the first of them: the 
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -133,6 +134,17 @@ def load_tokenizer(
         return _read_into(decoder, weights, kind.prefixes[1], device)
 
     return kind.tokenizer(_read_into(encoder, weights, kind.prefixes[0], device), read_decoder, found, dtype)
+
+
+def in_memory(encoder: nn.Module, decoder: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Tokenizer:
+    """The tokenizer that `save_tokenizer` would write and `load_tokenizer` read, without files or fingerprint."""
+    kind = next(kind for kind in KINDS.values() if kind.encoder is type(encoder))
+
+    def read_decoder() -> nn.Module:
+        assert decoder is not None
+        return deepcopy(decoder).float()
+
+    return kind.tokenizer(deepcopy(encoder).float(), read_decoder, "", dtype)
 
 
 def bundled_path() -> Path:
