@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from helpers.waiting import finished, started, wait_until
+from helpers.tiny import make_photos, run
+from helpers.waiting import PATIENCE_S, finished, started, wait_until
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tools" / "slurm.sbatch"
@@ -133,6 +135,37 @@ def test_a_run_that_was_asked_to_stop(tmp_path, slurm, says, code, ends, is_requ
         assert job.wait(60) == ends
     asked = (tmp_path / "scontrol").read_text() if (tmp_path / "scontrol").exists() else ""
     assert asked == "requeue 4711\n" * is_requeued
+
+
+def test_a_real_torchrun_is_stopped_and_requeued(tmp_path, slurm):
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\nexec "$PYTHON" -m torch.distributed.run "${@:2}"\n')
+    (tmp_path / "bin" / "scontrol").write_text(SCONTROL.replace("node7\\nnode8", "127.0.0.1"))
+    make_photos(tmp_path / "photos", 16)
+    assert run("index", str(tmp_path / "photos"), "-o", str(tmp_path / "t.idx")).returncode == 0
+    kept = {name: value for name, value in os.environ.items() if name not in slurm}
+    here = {"SLURM_NNODES": "1", "GPUS": "2", "INDEX": str(tmp_path / "t.idx"), "PORT": str(free_port())}
+    env = {
+        **kept,
+        **slurm,
+        **here,
+        "CONFIG": "configs/debug_cpu.yaml",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
+    log = tmp_path / "a run" / "log.jsonl"
+    command = ["bash", SCRIPT, "engine.name=ddp", "optim.steps=100000", "log.save_every=100000"]
+    with started(command, env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT) as job:
+        wait_until(job, lambda: log.exists() and '"step": 2' in log.read_text())
+        job.send_signal(signal.SIGTERM)
+        assert job.communicate(timeout=PATIENCE_S)[1].count("stopped at step") == 1
+    assert job.returncode == 75 and (tmp_path / "scontrol").read_text() == "requeue 4711\n"
+    assert list((tmp_path / "a run" / "checkpoints").iterdir())
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
 
 
 def test_the_scheduler_signals_the_script_early_enough_for_what_the_documents_say():

@@ -1,7 +1,7 @@
 """Proof that imported weights are a trained tokenizer: it is shown test pictures, and has to give them back.
 
 Names and shapes say of what kind a file is; a random net has the same. These pictures are drawn here, always alike, so
-that the proof wants no data. Measured on them, of 112 x 112 pixels (`tests/weights/test_proof.py`):
+that the proof wants no data. Measured on them, of 112 x 112 pixels:
 
     weights                                       PSNR, dB      words in use
     the mean colour of each picture               15.2
@@ -25,7 +25,7 @@ GRID = 14, 14  # tokens a picture: those of BEiT's token view
 # half of the squared error that the mean colour leaves. Random nets are no better than that colour, and the small
 # bundled tokenizer is three times as far above it
 MIN_GAIN_DB = 3.0
-# random nets name one colour or a few; a small vocabulary cannot have so many, and half of it will do
+# three times what random nets use; a small vocabulary cannot have so many, and half of it will do
 MIN_WORDS, MIN_WORDS_SHARE = 20, 0.5
 MIN_WORDS_OF_CODEBOOK = 2  # one of flat colours, which is a good one for some data, uses 10 here
 
@@ -41,9 +41,12 @@ def prove(encoder: nn.Module, decoder: nn.Module | None) -> str:
     """
     tokenizer, is_codebook = in_memory(encoder, decoder), isinstance(encoder, CodebookEncoder)
     images = pictures(*tokenizer.view_size(GRID))
-    words, figures, failed = word_usage(tokenizer, [images]).num_in_use, [], []
-    if decoder is not None:
-        psnr_db, colour_db = measure_quality(tokenizer, [images]).psnr_db, mean_colour_psnr_db(images)
+    figures, failed = [], []
+    if decoder is None:
+        words = word_usage(tokenizer, [images]).num_in_use
+    else:
+        quality = measure_quality(tokenizer, [images])
+        words, psnr_db, colour_db = quality.usage.num_in_use, quality.psnr_db, mean_colour_psnr_db(images)
         figures.append(f"PSNR {psnr_db:.1f} dB (their mean colours: {colour_db:.1f})")
         if psnr_db < colour_db + MIN_GAIN_DB and not is_codebook:
             failed.append(f"PSNR of {colour_db + MIN_GAIN_DB:.1f} dB")
@@ -56,7 +59,7 @@ def prove(encoder: nn.Module, decoder: nn.Module | None) -> str:
     if failed:
         raise TokenizerError(
             f"these weights are not the trained tokenizer that they claim to be: {line}; at least "
-            f"{' and '.join(failed)} wanted; nothing was written"
+            f"{' and '.join(failed)} wanted; no tokenizer was written"
         )
     return f"proof {line}{_rounding(encoder, images)}"
 

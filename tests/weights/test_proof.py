@@ -58,7 +58,7 @@ def test_random_weights_are_refused_and_what_was_there_stays(tmp_path, capsys):
     assert main(["tokenizer", "import", *random_files(tmp_path), "-o", str(out)]) == CHECKPOINT_UNUSABLE
     message = capsys.readouterr().err
     assert "not the trained tokenizer that they claim to be: on 6 test pictures: PSNR" in message
-    assert "at least PSNR of 18.2 dB and 16 words in use wanted; nothing was written" in message
+    assert "at least PSNR of 18.2 dB and 16 words in use wanted; no tokenizer was written" in message
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
