@@ -1,7 +1,7 @@
 # fastbeit for CUDA 13 with the versions that the tests run with (constraints.txt). apptainer.def is the same for clusters.
 #
 #     docker build -t fastbeit .
-#     docker run --gpus all --shm-size 16g -v /data:/data -v "$PWD/runs:/work/runs" fastbeit \
+#     docker run --gpus all --shm-size 16g -v /data:/data -v "$PWD/runs:/home/fastbeit/runs" fastbeit \
 #         torchrun --nproc-per-node 8 -m fastbeit pretrain configs/beit_base_in1k.yaml out=runs/base data.index=/data/train.idx
 #
 # --shm-size: decoding processes hand batches over in shared memory, of which Docker gives 64 MB. A batch of BEiT-B has
@@ -19,8 +19,8 @@ ENV PATH=/opt/fastbeit/bin:$PATH
 COPY . /opt/src
 RUN pip install --no-cache-dir -c /opt/src/constraints.txt '/opt/src[gpu,log,parquet]'
 
-RUN useradd --create-home --uid 1001 fastbeit \
-    && mkdir /work && cp -r /opt/src/configs /work/configs && chown -R fastbeit /work
+RUN useradd --create-home --uid 1001 fastbeit
 USER fastbeit
-WORKDIR /work
+WORKDIR /home/fastbeit
+RUN cp -r /opt/src/configs configs
 CMD ["fastbeit", "--help"]

@@ -89,6 +89,14 @@ def test_random_nets_fail(drawn, nets):
         prove(encoder, decoder)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_random_encoders_fail_by_their_words(seed):
+    torch.manual_seed(seed)
+    for encoder in (Encoder(BUNDLED), CustomizedEncoder(CUSTOMIZED)):
+        with pytest.raises(TokenizerError, match="at least 60 words in use wanted"):
+            prove(encoder, None)
+
+
 def test_words_without_their_own_decoder_fail():
     """Both files are of a release, and belong to two trainings of one size."""
     tensors = load_file(bundled_path())
