@@ -192,8 +192,8 @@ def _import_tokenizer(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit tokenizer import",
         description="Make a tokenizer of weights that others released: OpenAI's encoder.pkl and decoder.pkl, "
-        "mmpretrain's dalle_encoder.pth, the BEiT authors' pytorch_model.bin, or a codebook in safetensors. Nothing "
-        "that a file says is run.",
+        "mmpretrain's dalle_encoder.pth, FLAVA's or the BEiT authors' pytorch_model.bin, or a codebook in safetensors. "
+        "Nothing that a file says is run, and weights that do not encode test pictures as a tokenizer are refused.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="one, or encoder and decoder")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
@@ -206,16 +206,22 @@ def _import_tokenizer(args: list[str]) -> int:
 
 
 def _fetch_tokenizer(args: list[str]) -> int:
+    from fastbeit.weights.download import SOURCES, fetch_tokenizer
+
     parser = argparse.ArgumentParser(
         "fastbeit tokenizer fetch",
-        description="Download the dVAE that OpenAI released (400 MB) and import it; the same command again continues.",
+        description="Download the dVAE that OpenAI released and import it; the same command again continues.",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=SOURCES,
+        default="openai",
+        help="who keeps it: openai (400 MB), or the copies of flava and mmpretrain, which have no decoder (215 MB)",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
     options = parser.parse_args(args[1:])
-
-    from fastbeit.weights.download import fetch_tokenizer
-
-    print(fetch_tokenizer(options.output))
+    print(fetch_tokenizer(options.output, SOURCES[options.source]))
     return DONE
 
 

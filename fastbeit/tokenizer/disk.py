@@ -5,6 +5,7 @@ other names, `NAME.safetensors` and `NAME.json`, goes by the first of them: the 
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -141,6 +142,17 @@ def vocab_size_of(path: Path | str = "") -> int:
     card = _read_card(weights, card_file)
     arch = _validated(KINDS[card.kind].architecture, card.architecture, f"'{card_file}': architecture.")
     return arch.model_dump()["vocab_size"]
+
+
+def in_memory(encoder: nn.Module, decoder: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Tokenizer:
+    """The tokenizer that `save_tokenizer` would write and `load_tokenizer` read, without files or fingerprint."""
+    kind = next(kind for kind in KINDS.values() if kind.encoder is type(encoder))
+
+    def read_decoder() -> nn.Module:
+        assert decoder is not None
+        return deepcopy(decoder).float()
+
+    return kind.tokenizer(deepcopy(encoder).float(), read_decoder, "", dtype)
 
 
 def bundled_path() -> Path:

@@ -1,4 +1,4 @@
-"""OpenAI's dVAE from where OpenAI keeps it: downloaded, in as many pieces as the network makes of it, and imported.
+"""OpenAI's dVAE from where someone keeps it: downloaded, in as many pieces as the network makes of it, and imported.
 
 A download that was cut goes on after the bytes in `NAME.part`, if the server still has the file that they are of:
 `NAME.part.etag` remembers what it calls that file, for `If-Range` (RFC 9110, 13.1.5). A server that knows no ranges, or
@@ -9,6 +9,7 @@ import sys
 import time
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -19,8 +20,20 @@ from fastbeit.errors import CANNOT_WRITE, DATA_MISSING, RunError, TokenizerError
 from fastbeit.files import sha256, sync
 from fastbeit.weights.tokenizers import import_tokenizer, read_released
 
-SOURCE = "https://cdn.openai.com/dall-e"
-FILES = "encoder.pkl", "decoder.pkl"
+
+class Source(NamedTuple):
+    """Where files of the tokenizer are kept."""
+
+    url: str  # of their folder
+    files: tuple[str, ...]
+
+
+# one network, in three places; OpenAI's alone has the decoder, which pictures of tokens want
+SOURCES = {
+    "openai": Source("https://cdn.openai.com/dall-e", ("encoder.pkl", "decoder.pkl")),
+    "flava": Source("https://huggingface.co/facebook/flava-image-codebook/resolve/main", ("pytorch_model.bin",)),
+    "mmpretrain": Source("https://download.openmmlab.com/mmselfsup/1.x/target_generator_ckpt", ("dalle_encoder.pth",)),
+}
 TIMEOUT_S, CHUNK_BYTES = 30.0, 1 << 18
 RETRIES = 5  # in a row without a byte between them
 BUSY = {408, 429, 500, 502, 503, 504}  # answers that another time may be better
@@ -34,8 +47,8 @@ class Dropped(Exception):
         self.num_bytes, self.worth_another = num_bytes, worth_another  # received before; whether to try again
 
 
-def fetch_tokenizer(out: Path, source: str = SOURCE, pause_s: float = 1.0) -> str:
-    """Have both files in `out`, import them, and return a report for the user; files that are there are kept.
+def fetch_tokenizer(out: Path, source: Source = SOURCES["openai"], pause_s: float = 1.0) -> str:
+    """Have a source's files in `out`, import them, and return a report for the user; files that are there are kept.
 
     Args:
         pause_s: before the first retry; it doubles with each.
@@ -44,27 +57,32 @@ def fetch_tokenizer(out: Path, source: str = SOURCE, pause_s: float = 1.0) -> st
         RunError: there is no network or no such file (exit code 66), or `out` cannot be written (74).
         TokenizerError: what came, or was there, is no such tokenizer.
     """
-    missing = [name for name in FILES if not (out / name).is_file()]
+    missing = [name for name in source.files if not (out / name).is_file()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in missing:
-            download(f"{source}/{name}", out / name, pause_s)
+            download(f"{source.url}/{name}", out / name, pause_s)
     except Dropped as err:
         raise RunError(_by_hand(str(err), source, out), DATA_MISSING) from err
     except OSError as err:
         raise RunError(f"'{out}' cannot be written: {err}", CANNOT_WRITE) from err
-    sums = [f"sha256 {sha256(out / name)}  {out / name}" for name in FILES]
+    sums = [f"sha256 {sha256(out / name)}  {out / name}" for name in source.files]
     try:
-        report = import_tokenizer([out / name for name in FILES], out, {"url": source})
+        report = import_tokenizer([out / name for name in source.files], out, {"url": source.url})
     except TokenizerError as err:
         raise TokenizerError(f"{err}; delete what is wrong in '{out}' and give the same command again") from None
     return "\n".join([*sums, "compare these with a copy that you trust: no published checksums are known", report])
 
 
-def _by_hand(reason: str, source: str, out: Path) -> str:
-    lines = [f"  {source}/{name}  to  {out / name}" for name in FILES if not (out / name).is_file()]
+def _by_hand(reason: str, source: Source, out: Path) -> str:
+    lines = [f"  {source.url}/{name}  to  {out / name}" for name in source.files if not (out / name).is_file()]
+    others = ", ".join(name for name, other in SOURCES.items() if other != source)
     return "\n".join(
-        [f"{reason}; without a network here, download by hand", *lines, "the same command then goes on from there"]
+        [
+            f"{reason}; without a network here, download by hand",
+            *lines,
+            f"the same command then goes on from there; --from {others} asks another server",
+        ]
     )
 
 

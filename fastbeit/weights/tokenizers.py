@@ -2,11 +2,12 @@
 
     OpenAI's whole modules, encoder.pkl and decoder.pkl     blocks.*, after any prefix
     mmpretrain's state dict, dalle_encoder.pth              blocks.*, alone or under `state_dict`
+    FLAVA's of transformers, pytorch_model.bin              blocks.*, the same net by other names
     the BEiT authors' DiscreteVAE, pytorch_model.bin        encoder.*, decoder.*, codebook.weight, under `weights`
     a codebook, codebook.safetensors                        see codebook.py
 
-`torchfile` reads the first three without running anything that they say. Every tensor is wanted, by name and shape, and
-no other; values keep their dtype.
+`torchfile` reads all but the last without running anything that they say. Every tensor is wanted, by name and shape,
+and no other; values keep their dtype.
 """
 
 import re
@@ -26,10 +27,11 @@ from fastbeit.tokenizer.codebook import import_codebook
 from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder
 from fastbeit.weights.pickles import Malformed, TensorSpec, shown
+from fastbeit.weights.proof import prove
 from fastbeit.weights.torchfile import named_tensors, open_torch
 
 Shapes = dict[str, tuple[int, ...]]
-FIRST = "blocks.input.w"
+FIRST, FLAVAS_FIRST = "blocks.input.w", "blocks.input.weight"
 # no release comes near these; a hostile file does not get to say how large our nets are
 LARGEST = {"group_count": 8, "n_blk_per_group": 16, "num_layers": 8} | dict.fromkeys(("n_hid", "hidden_dim"), 4096)
 
@@ -56,7 +58,7 @@ def import_tokenizer(files: list[Path], out: Path, origin: dict[str, Any] | None
 
     Raises:
         TokenizerError: a file is missing, damaged, holds no known tokenizer, or names what it may not, and nothing was
-            run; or the two do not belong together.
+            run; or the two do not belong together; or the weights fail their `proof`. Nothing was written.
         RunError: the tokenizer cannot be written (exit code 74).
     """
     found = [read_released(path) for path in files]
@@ -71,11 +73,12 @@ def import_tokenizer(files: list[Path], out: Path, origin: dict[str, Any] | None
         raise TokenizerError(f"'{files[0]}' holds a decoder alone, which makes no tokens; give the encoder too")
     if isinstance(encoder, Encoder) and isinstance(decoder, Decoder):
         encoder.arch = _together(encoder.arch, decoder.arch)
+    proof = prove(encoder, decoder)
     source = [{"file": one.path.name, "sha256": sha256(one.path), "format": one.format} for one in found]
     save_tokenizer(out, encoder, decoder, {"source": source, **(origin or {})})
     words = load_tokenizer(out).vocab_size
     use = "encodes and decodes" if decoder else "encodes; its words have no pictures, since there is no decoder"
-    return "\n".join([*map(str, found), f"tokenizer: {out}: {words:,} words; {use}"])
+    return "\n".join([*map(str, found), f"tokenizer: {out}: {words:,} words; {use}", proof])
 
 
 def _together(encoder: Architecture, decoder: Architecture) -> Architecture:
@@ -105,7 +108,7 @@ def read_released(path: Path) -> Released:
 
 def _read(path: Path) -> Released:
     file = open_torch(path)
-    specs = _without_prefix(named_tensors(file.value))
+    specs = _without_prefix(_by_openais_names(named_tensors(file.value)))
     kind, nets = recognise({key: spec.shape for key, spec in specs.items()})
     wanted = {key: tuple(value.shape) for net in nets.values() for key, value in net.state_dict().items()}
     for key in wanted | specs:
@@ -124,6 +127,20 @@ def _read(path: Path) -> Released:
 
 def _sizes(shape: tuple[int, ...] | None) -> str:
     return "nowhere" if shape is None else str(list(shape))
+
+
+def _by_openais_names(specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """FLAVA's modules wrap groups and paths once more, and are PyTorch's own convolutions."""
+    if not any(key.endswith(FLAVAS_FIRST) for key in specs):
+        return specs
+    renamed: dict[str, TensorSpec] = {}
+    for key, spec in specs.items():
+        name = re.sub(r"(group_\d+)\.group\.", r"\1.", key).replace(".res_path.path.", ".res_path.")
+        name = re.sub(r"\.(w|b)(eight|ias)$", r".\1", name)
+        if name in renamed:
+            raise Malformed(f"has {shown(name)} twice, once as {shown(key)}: no such release")
+        renamed[name] = spec
+    return renamed
 
 
 def _without_prefix(specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:

@@ -20,7 +20,8 @@ from fastbeit.weights import download as fetch
 from fastbeit.weights.download import RETRIES, fetch_tokenizer
 from helpers.dalle import TINY, official, official_tokens, random_images, save
 
-ENCODER, DECODER = fetch.FILES
+OPENAI = fetch.SOURCES["openai"]
+FILES = ENCODER, DECODER = OPENAI.files
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Server(ThreadingHTTPServer):
         self.plan: list[Step] = []  # of the next requests; those after it are answered well
         self.seen: list[tuple[str, str | None]] = []  # path and Range of each
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.source = OPENAI._replace(url=self.url)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that did not wait."""
@@ -89,10 +91,16 @@ class Handler(BaseHTTPRequestHandler):
         """Not wanted."""
 
 
+@pytest.fixture(autouse=True)
+def unproven(monkeypatch):
+    """Files here hold random weights; tests/weights/test_proof.py has trained ones."""
+    monkeypatch.setattr("fastbeit.weights.tokenizers.prove", lambda encoder, decoder: "not proven")
+
+
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("nets")
-    return {name: save(net, folder / name).read_bytes() for name, net in zip(fetch.FILES, official(TINY), strict=True)}
+    return {name: save(net, folder / name).read_bytes() for name, net in zip(FILES, official(TINY), strict=True)}
 
 
 @pytest.fixture
@@ -109,9 +117,9 @@ def server(nets, monkeypatch):
 def fetched(server: Server, out: Path, *plan: Step) -> list[str | None]:
     """Fetch, make sure that what is there now is what the server has, and return the ranges asked of the encoder."""
     server.plan, server.seen = list(plan), []
-    fetch_tokenizer(out, server.url, pause_s=0)
+    fetch_tokenizer(out, server.source, pause_s=0)
     assert not server.plan
-    assert {name: (out / name).read_bytes() for name in fetch.FILES} == server.files
+    assert {name: (out / name).read_bytes() for name in FILES} == server.files
     assert sorted(path.name for path in out.iterdir()) == [DECODER, "dvae.json", "dvae.safetensors", ENCODER]
     return [begin for name, begin in server.seen if name == ENCODER]
 
@@ -120,22 +128,31 @@ def failed(server: Server, out: Path, *plan: Step) -> str:
     """Fetch in vain; the message."""
     server.plan, server.seen = list(plan), []
     with pytest.raises(RunError) as err:
-        fetch_tokenizer(out, server.url, pause_s=0)
+        fetch_tokenizer(out, server.source, pause_s=0)
     assert err.value.exit_code == DATA_MISSING and not server.plan
     return str(err.value)
 
 
 def test_the_pair_is_fetched_and_imported(server, tmp_path):
     out = tmp_path / "deep" / "dvae"
-    report = fetch_tokenizer(out, server.url)
-    for name in fetch.FILES:
+    report = fetch_tokenizer(out, server.source)
+    for name in FILES:
         assert f"sha256 {sha256(out / name)}  {out / name}" in report
     assert "compare" in report and "32 words; encodes and decodes" in report
     assert server.url in (out / "dvae.json").read_text()
     pixels = random_images(1, 16, 24)
     assert torch.equal(load_tokenizer(out).encode(pixels), official_tokens(official(TINY)[0], pixels))
     # what is there is not asked for again
-    assert fetched(server, out) == [] and fetch_tokenizer(out, server.url) == report
+    assert fetched(server, out) == [] and fetch_tokenizer(out, server.source) == report
+
+
+@pytest.mark.parametrize("name", ["flava", "mmpretrain"])
+def test_copies_of_others_hold_an_encoder_alone(server, tmp_path, monkeypatch, capsys, name):
+    (file,) = fetch.SOURCES[name].files
+    server.files = {file: save(official(TINY)[0].state_dict(), tmp_path / "x").read_bytes()}
+    monkeypatch.setitem(fetch.SOURCES, name, fetch.SOURCES[name]._replace(url=server.url))
+    assert main(["tokenizer", "fetch", "--from", name, "-o", str(tmp_path / "dvae")]) == 0
+    assert "no decoder" in capsys.readouterr().out and [path for path, _ in server.seen] == [file]
 
 
 def test_a_connection_that_is_cut_is_made_again_from_there(server, tmp_path):
@@ -205,7 +222,7 @@ def test_a_part_that_is_too_long_is_not(server, tmp_path):
 def test_a_server_without_the_file(server, tmp_path, status):
     message = failed(server, tmp_path, Step(status=status))
     assert str(status) in message
-    for name in fetch.FILES:
+    for name in FILES:
         assert f"{server.url}/{name}  to  {tmp_path / name}" in message
 
 
@@ -218,7 +235,7 @@ def test_an_error_page_is_no_weights_and_is_not_kept(server, tmp_path):
     good = server.files[ENCODER]
     server.files[ENCODER] = b"<html>We'll be back soon</html>"
     with pytest.raises(RunError, match="encoder.pkl did not send weights: .* is a web page") as err:
-        fetch_tokenizer(tmp_path, server.url)
+        fetch_tokenizer(tmp_path, server.source)
     assert err.value.exit_code == CHECKPOINT_UNUSABLE and list(tmp_path.iterdir()) == []
     server.files[ENCODER] = good
     assert fetched(server, tmp_path) == [None]
@@ -236,7 +253,7 @@ def test_without_a_network_it_says_what_to_do_at_once(tmp_path, monkeypatch, cap
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(RunError, match="cannot be reached .*refused.*\n.*encoder.pkl  to .*\n.*decoder.pkl  to "):
             # it would wait for a day
-            fetch_tokenizer(tmp_path, url, pause_s=86_400)
+            fetch_tokenizer(tmp_path, OPENAI._replace(url=url), pause_s=86_400)
 
     def no_network(*args, **kwargs):
         raise URLError("Name or service not known")
@@ -245,7 +262,7 @@ def test_without_a_network_it_says_what_to_do_at_once(tmp_path, monkeypatch, cap
     assert main(["tokenizer", "fetch", "-o", str(tmp_path)]) == DATA_MISSING
     stderr = capsys.readouterr().err
     assert "Name or service not known" in stderr and "Traceback" not in stderr
-    for name in fetch.FILES:
+    for name in FILES:
         assert f"https://cdn.openai.com/dall-e/{name}  to  {tmp_path / name}" in stderr
 
 
@@ -255,7 +272,7 @@ def test_files_put_there_by_hand_are_taken(server, tmp_path, nets):
     assert f"{ENCODER}  to  " not in message
     (tmp_path / DECODER).write_text("<html>not found</html>")
     with pytest.raises(RunError, match="decoder.pkl' is a web page.*; delete what is wrong in"):
-        fetch_tokenizer(tmp_path, server.url)
+        fetch_tokenizer(tmp_path, server.source)
     (tmp_path / DECODER).unlink()
     assert fetched(server, tmp_path) == []
 
@@ -263,5 +280,5 @@ def test_files_put_there_by_hand_are_taken(server, tmp_path, nets):
 def test_a_place_that_cannot_be_written(server, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot be written") as err:
-        fetch_tokenizer(tmp_path / "file", server.url)
+        fetch_tokenizer(tmp_path / "file", server.source)
     assert err.value.exit_code == CANNOT_WRITE

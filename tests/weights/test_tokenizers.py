@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from fastbeit.cli import main
 from fastbeit.config.tokenizer import Architecture
@@ -19,8 +20,15 @@ from fastbeit.tokenizer.authors_vae import CustomizedArchitecture, CustomizedDec
 from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.weights.tokenizers import import_tokenizer, read_released
-from helpers.dalle import FORMATS, TINY, official, official_tokens, random_images, randomise, save
+from helpers.dalle import FORMATS, TINY, official, official_input, official_tokens, random_images, randomise, save
 from helpers.hostile import refused
+
+
+@pytest.fixture(autouse=True)
+def unproven(monkeypatch):
+    """Files here hold random weights; tests/weights/test_proof.py has trained ones."""
+    monkeypatch.setattr("fastbeit.weights.tokenizers.prove", lambda encoder, decoder: "not proven")
+
 
 NARROW = Architecture(n_hid=64, n_init=32, vocab_size=512)  # the narrowest that the dall-e package allows
 
@@ -65,6 +73,25 @@ def test_mmpretrains_state_dict(tmp_path, wrapped, prefix, format):
     assert torch.equal(tokenizer.encode(pixels), official_tokens(encoder, pixels))
     with pytest.raises(TokenizerError, match="without a decoder"):
         tokenizer.decode(tokenizer.encode(pixels))
+
+
+def test_flavas_codebook(tmp_path):
+    flava = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=32))
+    randomise(flava)
+    file = save(flava.state_dict(), tmp_path / "pytorch_model.bin")
+    import_tokenizer([file], tmp_path / "dvae")
+    pixels = random_images(2, 32, 32)
+    x = official_input(pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(read_released(file).nets["encoder"](x), flava(x), rtol=1e-4, atol=0)
+        tokens = flava.get_codebook_indices(x).flatten(1)
+    assert torch.equal(load_tokenizer(tmp_path / "dvae").encode(pixels), tokens)
+
+
+def test_flavas_codebook_with_a_tensor_by_both_names(tmp_path):
+    tensors = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=32)).state_dict()
+    tensors["blocks.input.b"] = tensors["blocks.input.bias"]
+    refused(save(dict(tensors), tmp_path / "pytorch_model.bin"), "has blocks.input.b twice")
 
 
 @pytest.mark.parametrize("format", FORMATS)
