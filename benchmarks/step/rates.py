@@ -15,27 +15,16 @@ from benchmarks.predictions import Chip
 from benchmarks.results import Row
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import KernelsConfig
-from fastbeit.engine.cards import CARDS
 from fastbeit.engine.forecast import step_ms
 from fastbeit.engine.memory import count_weights, footprint
 from fastbeit.model.attention import take
 from fastbeit.model.beit import Beit, make_beit
 
 VOCAB_SIZE = 8192
-# dense bfloat16 of the data sheets, FLOP/s; H100 and H200 of the SXM kind alone: the others have lower clocks
-PEAKS = {"H100": CARDS["h100"].peak, "H200": CARDS["h200"].peak, "A100": CARDS["a100-80gb"].peak}
-NOT_SXM = "PCIe", "NVL", "GH200"
 ANCHORS: tuple[Row, ...] = (
     dict(who="nvSubquadratic", what="ViT-B class on an H100, with data", images_per_s=2119),
     dict(who="stable-pretraining", what="ViT-L, compute only", mfu=0.36),
 )
-
-
-def peak_of(gpu: str) -> float | None:
-    """FLOP/s that an MFU is of; None for a card whose peak is not known here."""
-    if "H" in gpu and any(word in gpu for word in NOT_SXM):
-        return None
-    return next((peak for name, peak in PEAKS.items() if name in gpu), None)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from benchmarks.card import cuda_laps, host_laps
 from benchmarks.predictions import chip_of
 from benchmarks.results import Row
 from benchmarks.sdpa import SdpaChoices
-from benchmarks.step.rates import VOCAB_SIZE, peak_of, work_of
+from benchmarks.step.rates import VOCAB_SIZE, work_of
 from benchmarks.step.sources import SOURCES, Source
 from benchmarks.step.variants import Case
 from fastbeit.config.pretrain import Config
+from fastbeit.engine.cards import peak_of
 from fastbeit.engine.protocol import compute_dtype, make_engine
 from fastbeit.engine.ranks import World
 from fastbeit.model.attention import attention_choice

@@ -64,6 +64,18 @@ CARDS = {
 }
 
 
+# of what the driver calls a card, H100 and H200 of the SXM kind alone: the others have lower clocks
+PEAKS = {"H100": CARDS["h100"].peak, "H200": CARDS["h200"].peak, "A100": CARDS["a100-80gb"].peak}
+NOT_SXM = "PCIe", "NVL", "GH200"
+
+
+def peak_of(gpu: str) -> float | None:
+    """Dense bfloat16 FLOP/s that an MFU is of, by the driver's name of a card; None: not known here."""
+    if "H" in gpu and any(word in gpu for word in NOT_SXM):
+        return None
+    return next((peak for name, peak in PEAKS.items() if name in gpu), None)
+
+
 def card_of(name: str) -> Card:
     """By its key in `CARDS`, however it is spelt: `A100 80GB`, `a100-80gb`.
 

@@ -4,6 +4,7 @@ index -> two views -> blockwise mask -> visual tokens -> masked embedding -> enc
 """
 
 import contextlib
+import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.memory import Footprint, footprint
 from fastbeit.engine.protocol import compiles, compute_dtype
 from fastbeit.engine.ranks import World, start_world
+from fastbeit.engine.work import step_flops
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
 from fastbeit.model.beit import Beit, make_beit, num_outputs
@@ -48,14 +50,17 @@ def pretrain(config: Config, command: list[str]) -> int:
         RunError: bad config, data or checkpoint; the message says what to do.
     """
     _check_paths(config)
+    began = time.perf_counter()
     world = start_world(config.engine)
     check_batch(config.optim, world)
     tokens = Path(config.data.tokens) if config.data.tokens else None
     config, pipeline = settle_pipeline(config, world, Path(config.out), tokens)
     index = open_index(Path(config.data.index))
     source = open_token_source(config, index, world.device)
+    opened = time.perf_counter()
     chosen, lines = chosen_kernels(config, num_outputs(config, source.vocab_size), world)
-    task = Pretraining(chosen, world, index, source, [str(pipeline), *lines, _how(config, world.device)])
+    took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {time.perf_counter() - opened:.1f} s"
+    task = Pretraining(chosen, world, index, source, [str(pipeline), *lines, _how(config, world.device), took])
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         outcome = train(task, config, world, Path(config.out), stop, command)
@@ -86,6 +91,7 @@ class Pretraining:
         self.num_steps = optim.steps or optim.epochs * self.epoch_steps
         self.num_warmup = min(optim.warmup_steps or optim.warmup_epochs * self.epoch_steps, self.num_steps)
         self.mask_rule = masking.rule_of(config)
+        self.flops_per_image = step_flops(config, num_outputs(config, source.vocab_size))
         self.rehearsal: Rehearsal | None = Rehearsal(
             self._footprint(), lambda num_images: blank_inputs(config, num_images, world.device)
         )
@@ -152,6 +158,11 @@ class Pretraining:
         )
         for line in self.lines:
             log.say(line)
+        if world.device.type == "cuda":
+            gflop = self.flops_per_image / 1e9
+            log.say(
+                f"MFU counts {gflop:.1f} GFLOP an image: products of this model, without tokenizer or recomputation"
+            )
         log.say(f"visual tokens: {source}")
         if source.agreement is not None:
             log.write({"step": log.first_step, "event": "tokenizer", "agreement_with_fp32": source.agreement})

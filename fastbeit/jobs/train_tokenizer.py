@@ -85,6 +85,7 @@ class DvaeTraining:
 
     sums: tuple[str, ...] = ("loss", "error", "words")
     rehearsal: Rehearsal | None = None
+    flops_per_image: int = 0
 
     def __init__(
         self, config: TokenizerTrainConfig, world: World, index: Index, val_index: Index | None, pipeline: Choice

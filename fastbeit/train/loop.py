@@ -64,6 +64,7 @@ class Task(Protocol):
     sums: tuple[str, ...]  # names of what the model returns
     ema_decay: float | None  # of the averaged weights; None: none are kept
     looks: list[Look]
+    flops_per_image: int  # of a forward and backward, for TFLOP/s and MFU; 0: not known
     rehearsal: Rehearsal | None  # for optim.accumulate=auto; None: the job takes no micro-batches
 
     def make_model(self) -> nn.Module:
@@ -168,7 +169,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
                 save()
             raise DataError(f"{err}; last checkpoint: {saver.last_checkpoint or 'none'}", err.exit_code) from None
 
-    meter = Meter(world, optim.batch_size)
+    meter = Meter(world, optim.batch_size, task.flops_per_image)
     bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0)
     with (
         out_of_memory_in_one_line(fit.remedy),
@@ -197,6 +198,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             meter.end_step(count, grad_norm=engine.step())
             average.follow(model, step)
             step += 1
+            if step == first_step + 1:
+                log.say(f"first step: {meter.seconds():.1f} s, compilation and first data in it")
             # ---------------------------------------------------------------------------------------------------------
 
             log.advance()
@@ -300,6 +303,8 @@ def _say(log: RunLog, task: Task, meter: Meter, place: dict[str, float], num_bad
     reading = task.read(dict(zip(task.sums, sums, strict=True)), count)
     log.write({**place, **reading.figures, **common, "bad_samples": num_bad})
     waits = f"{common['images_per_s']:.1f} img/s  waiting for data {common['data_wait_share']:.0%}"
+    if "mfu" in common:
+        waits += f"  MFU {common['mfu']:.1%}"
     log.show(int(place["step"]), f"{reading.line}  {waits}")
     if reading.warning:
         log.say(reading.warning)

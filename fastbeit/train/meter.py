@@ -5,14 +5,20 @@ import time
 import torch
 from torch import Tensor
 
+from fastbeit.engine.cards import peak_of
 from fastbeit.engine.ranks import World
 
 
 class Meter:
     """Sums over the steps since the last `read`, then over all ranks."""
 
-    def __init__(self, world: World, batch_size: int) -> None:
-        self.world, self.batch_size = world, batch_size
+    def __init__(self, world: World, batch_size: int, flops_per_image: int = 0) -> None:
+        """
+        Args:
+            batch_size: images a step, of all ranks.
+            flops_per_image: of a forward and backward; 0: not known.
+        """
+        self.world, self.batch_size, self.flops_per_image = world, batch_size, flops_per_image
         self.skipped_in_a_row = 0  # updates, as of the last `read`
         self._skipped = torch.zeros(2, device=world.device)  # updates skipped: in all, and in a row
         self._clear()
@@ -24,6 +30,10 @@ class Meter:
         self._count = torch.zeros((), dtype=torch.int64, device=self.world.device)
         self._waited_s = 0.0
         self._began = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Since the last `read`, by the host's clock: it has enqueued what the device may still do."""
+        return time.perf_counter() - self._began
 
     def waited(self, seconds: float) -> None:
         self._waited_s += seconds
@@ -56,7 +66,7 @@ class Meter:
         count = max(self._count.item(), 1)
         skipped, in_a_row = self._skipped.tolist()
         self.skipped_in_a_row = int(in_a_row)
-        seconds = time.perf_counter() - self._began
+        seconds = self.seconds()
         figures = {
             "grad_norm": self._grad_norm.item(),
             "step_ms": 1e3 * seconds / self.num_steps,
@@ -65,7 +75,28 @@ class Meter:
             "skipped_steps": int(skipped),
             "skipped_in_a_row": self.skipped_in_a_row,
         }
+        figures |= self._spread(figures["step_ms"], figures["data_wait_share"])
         if self.world.device.type == "cuda":
             figures["peak_mib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**20
+            figures |= self._rates(figures["images_per_s"], torch.cuda.get_device_name(self.world.device))
         self._clear()
         return sums, count, figures
+
+    def _spread(self, step_ms: float, data_wait_share: float) -> dict[str, float]:
+        """Of several ranks the least and the most, and whose they are."""
+        if self.world.size == 1:
+            return {}
+        told = self.world.gather([(step_ms, data_wait_share)])
+        found = {}
+        for number, name in enumerate(("step_ms", "data_wait_share")):
+            ranks = sorted(range(len(told)), key=lambda rank: told[rank][number])
+            for word, rank in (("least", ranks[0]), ("most", ranks[-1])):
+                found |= {f"{name}_{word}": told[rank][number], f"{name}_{word}_rank": rank}
+        return found
+
+    def _rates(self, images_per_s: float, gpu: str) -> dict[str, float]:
+        """FLOPs of a GPU, and their share of what it could do."""
+        if not self.flops_per_image:
+            return {}
+        rate, peak = images_per_s / self.world.size * self.flops_per_image, peak_of(gpu)
+        return {"tflop_per_s": rate / 1e12} | ({"mfu": rate / peak} if peak else {})

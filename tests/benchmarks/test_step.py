@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.step import __main__ as step
 from benchmarks.step import counts, rates, training, warm
 from benchmarks.step.variants import DEFAULT, VARIANTS, Case, config_of
+from fastbeit.engine import cards
 from helpers.ranks import deepspeed, launched, torchrun
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +147,7 @@ def test_flops_are_those_that_are_stated(size: str, ours: float, authors: float)
     ],
 )
 def test_an_unknown_card_has_no_mfu(gpu: str, peak: float | None):
-    assert rates.peak_of(gpu) == peak
+    assert cards.peak_of(gpu) == peak
 
 
 # what PyTorch's own code dispatches for an op may change by a few with its version; bytes that are kept do not
