@@ -59,7 +59,8 @@ def pretrain(config: Config, command: list[str]) -> int:
     source = open_token_source(config, index, world.device)
     opened = time.perf_counter()
     chosen, lines = chosen_kernels(config, num_outputs(config, source.vocab_size), world)
-    took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {time.perf_counter() - opened:.1f} s"
+    tried = time.perf_counter()
+    took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {tried - opened:.1f} s"
     task = Pretraining(chosen, world, index, source, [str(pipeline), *lines, _how(config, world.device), took])
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
@@ -159,10 +160,8 @@ class Pretraining:
         for line in self.lines:
             log.say(line)
         if world.device.type == "cuda":
-            gflop = self.flops_per_image / 1e9
-            log.say(
-                f"MFU counts {gflop:.1f} GFLOP an image: products of this model, without tokenizer or recomputation"
-            )
+            gflop = f"{self.flops_per_image / 1e9:.1f} GFLOP an image"
+            log.say(f"MFU counts {gflop}: products of this model, without tokenizer or recomputation")
         log.say(f"visual tokens: {source}")
         if source.agreement is not None:
             log.write({"step": log.first_step, "event": "tokenizer", "agreement_with_fp32": source.agreement})
