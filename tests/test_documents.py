@@ -23,6 +23,8 @@ JOBS = (
     "jobs.tokenize.tokenize",
     "jobs.pretrain.pretrain",
     "jobs.report.report",
+    "jobs.doctor.doctor",
+    "jobs.plan.plan",
     "weights.download.fetch_tokenizer",
 )
 
