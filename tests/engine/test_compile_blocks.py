@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 from torch._dynamo.exc import RecompileError
 
 from fastbeit.config.pretrain import Config
@@ -26,6 +28,7 @@ from helpers.tiny import SETTINGS
 from helpers.waiting import finished
 
 NUM_WORDS = 32
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def settings(compiled: Any, **kernels: str) -> Config:
@@ -44,11 +47,15 @@ def batches(config: Config, num_steps: int) -> Iterator[tuple[Tensor, ...]]:
 
 
 def train(
-    config: Config, num_steps: int = 5, accumulate: int = 2, after_first: Callable[[], None] = lambda: None
+    config: Config,
+    num_steps: int = 5,
+    accumulate: int = 2,
+    after_first: Callable[[], None] = lambda: None,
+    world: World = ALONE,
 ) -> tuple[list[float], nn.Module]:
     """Losses of steps with micro-batches, and the trained model."""
     torch.manual_seed(0)
-    world, model = World(0, 1, torch.device("cpu")), make_beit(config, NUM_WORDS)
+    model = make_beit(config, NUM_WORDS)
     engine = make_engine(config.engine, config.optim, model, make_optimizer(model, config.optim), world, accumulate)
     losses = []
     for tensors in batches(config, num_steps):
@@ -115,6 +122,29 @@ def test_two_graphs_serve_all_blocks(tracing_alone: None):
     config = Config.model_validate(settings("on").model_dump() | {"model": SETTINGS["model"] | {"depth": 5}})
     train(config, num_steps=1, accumulate=1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@ignore_grad
+def test_ddp_does_not_cut_a_block(tracing_alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Gradients of a block of BEiT-B, 28 MB, fill more than one of DDP's buckets of 25 MiB."""
+    graphs = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    # what Dynamo cuts in two reaches the compiler as two graphs, and is one in its own count
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    wide = SETTINGS["model"] | {"width": 768, "mlp_width": 3072, "num_heads": 12, "depth": 3}
+    config = Config.model_validate(settings("on").model_dump() | {"model": wide})
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'ranks'}", rank=0, world_size=1)
+    try:
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        train(config, num_steps=1, accumulate=1, world=World(0, 1, torch.device("cpu"), group))
+    finally:
+        dist.destroy_process_group()
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("said, meant", [("on", "on"), (True, "on"), ("off", "off"), (False, "off"), ("auto", "auto")])
