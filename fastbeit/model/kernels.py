@@ -36,7 +36,7 @@ def chosen_kernels(config: Config, num_outputs: int, world: World) -> tuple[Conf
         if getattr(wanted, op) != "auto":
             key = op if getattr(config.kernels, op) else "backend"
             raise ConfigError(f"kernels.{key}={getattr(wanted, op)}: {why}")
-    attention, reason = _attention_of(config, device)
+    attention, reason = _chosen_attention(config, device)
     lines = [f"attention: {attention} ({reason})"] if wanted.attention == "auto" and "attention" not in first else []
     names: dict[str, Any] = {op: _name(one, device) for op, one in asdict(wanted).items() if op != "attention"}
     names["attention"] = attention
@@ -63,7 +63,7 @@ def _refusals(
     for op, backend in asdict(wanted).items():
         try:
             if op == "attention":
-                refused |= _of_attention(config, backend, device, dtype)
+                refused |= _attention_refusal(config, backend, device, dtype)
             else:
                 check_backend(backend, device)
         except (ValueError, ModuleNotFoundError) as err:
@@ -72,7 +72,7 @@ def _refusals(
     if not _tries(device):
         return refused
     too_old = not torch.version.hip and torch.cuda.get_device_capability(device) < OLDEST
-    wanted = replace(wanted, attention=_attention_of(config, device)[0])
+    wanted = replace(wanted, attention=_chosen_attention(config, device)[0])
     for kind in dict.fromkeys((dtype, torch.float32)):  # a validation computes in float32
         for op, trial in trials_of(config, num_outputs, device, kind).items():
             if getattr(wanted, op) in ("auto", "triton") and op not in refused:
@@ -85,13 +85,13 @@ def _tries(device: torch.device) -> bool:
     return device.type == "cuda" and HAS_TRITON
 
 
-def _attention_of(config: Config, device: torch.device) -> tuple[AttentionBackend, str]:
+def _chosen_attention(config: Config, device: torch.device) -> tuple[AttentionBackend, str]:
     model, has_bias = config.model, config.model.relative_position != "none"
     shape = config.num_patches + 1, model.width // model.num_heads
     return attention_choice(config.kernels.by_op.attention, device, *shape, has_bias)
 
 
-def _of_attention(
+def _attention_refusal(
     config: Config, backend: AttentionBackend, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
     if backend == "auto":
