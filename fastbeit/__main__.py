@@ -1,6 +1,4 @@
-import sys
-
-from fastbeit.cli import main
+from fastbeit.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

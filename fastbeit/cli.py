@@ -2,13 +2,16 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from fastbeit import __version__
 from fastbeit.config.read import explain_config, explain_fields, overrides_of
 from fastbeit.cores import num_cores
 from fastbeit.errors import DONE, USAGE, RunError
+from fastbeit.process import keep_outputs_harmless, leave
 
 NUM_CROPS = 1280  # that a report measures a figure on
 
@@ -35,6 +38,19 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
 
 Exit codes: 0 done, 2 usage or config, 65 too many bad images, 66 data missing, 73 and 74 cannot write, 75 stopped and
 saved (run the same command again), 78 no usable checkpoint, 1 anything else."""
+
+
+def run() -> NoReturn:
+    """The command, as a process of its own."""
+    keep_outputs_harmless()
+    try:
+        code = main()
+    except SystemExit as end:  # of argparse
+        code = end.code if isinstance(end.code, int) else DONE if end.code is None else 1
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    leave(code)
 
 
 def main(argv: list[str] | None = None) -> int:

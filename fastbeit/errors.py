@@ -32,6 +32,10 @@ class DataError(RunError):
         super().__init__(message, exit_code)
 
 
+class WorkerError(RunError):
+    """A process that reads and decodes for this one has died."""
+
+
 class BadImage(Exception):
     """The bytes are not an image that can be used; the message is the reason, without the path."""
 

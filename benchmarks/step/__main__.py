@@ -14,7 +14,6 @@ import gc
 import itertools
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from benchmarks.step.warm import empty_caches, warm_start
 from fastbeit.config.sections import EngineConfig
 from fastbeit.cores import num_cores
 from fastbeit.engine.ranks import World, start_world
+from fastbeit.process import leave
 
 BATCHES = {"B": 256, "L": 128}  # images a rank and step: BEiT's 2048 on eight cards, and half of it
 IMAGE_MIB = {"B": 128, "L": 352}  # about 100 and 260 that are saved for the backward in bfloat16, and room for the rest
@@ -160,4 +160,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -185,4 +185,5 @@ def _threads(plans: Plans) -> Iterator[ThreadPoolExecutor]:
     try:
         yield threads
     finally:
-        threads.shutdown(cancel_futures=True)
+        # not waited for: one of them may read from a disk that does not answer
+        threads.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,7 @@
 """Ranks: who there is, and how they talk on the host."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig
 from fastbeit.cores import num_cores
-from fastbeit.errors import USAGE, DataError, RunError
+from fastbeit.errors import USAGE, RunError
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Verdict:
     stops: bool  # somebody was asked to stop
     saves: bool  # somebody was asked to save
     bad: list[tuple[int, str]]  # images that all ranks replaced: row of the index, path and reason
-    error: DataError | None  # the first rank's that has no data
+    error: RunError | None  # the first rank's that has no batch
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class World:
         dist.all_gather_object(parts, items, group=self.host_group)
         return [item for part in parts for item in part]
 
-    def agree(self, stop: bool, save: bool, bad: list[tuple[int, str]], error: DataError | None) -> Verdict:
+    def agree(self, stop: bool, save: bool, bad: list[tuple[int, str]], error: RunError | None) -> Verdict:
         """One verdict for all, of what each rank was asked and what it met; costs one collective where all is well."""
         stops, saves, met = self.sum([stop, save, bool(bad) or error is not None])
         reports = self.gather([(bad, error and (str(error), error.exit_code))]) if met else []
-        errors = [DataError(*told) for _, told in reports if told]
+        errors = [RunError(*told) for _, told in reports if told]
         return Verdict(bool(stops), bool(saves), [one for bad, _ in reports for one in bad], next(iter(errors), None))
 
     def share(self, model: nn.Module) -> None:
@@ -81,12 +82,23 @@ def device_of(engine: EngineConfig, local_rank: int = 0) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if engine.device == "cuda" and not has_cuda:
         raise RunError("engine.device=cuda, but PyTorch sees no CUDA device; set engine.device=cpu", USAGE)
-    return torch.device("cuda", local_rank) if has_cuda and engine.device != "cpu" else torch.device("cpu")
+    if not has_cuda or engine.device == "cpu":
+        return torch.device("cpu")
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise RunError(
+            f"LOCAL_RANK={local_rank}, but PyTorch sees {count} CUDA device(s); start a rank for each", USAGE
+        )
+    return torch.device("cuda", local_rank)
 
 
 def start_world(engine: EngineConfig) -> World:
-    """Join the ranks that the `deepspeed` launcher or torchrun started; without a launcher there is one."""
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHER.items())
+    """Join the ranks that the `deepspeed` launcher or torchrun started; without a launcher there is one.
+
+    Raises:
+        RunError: the launcher's variables do not fit together, or the ranks do not find each other (2).
+    """
+    place = _place(os.environ)
+    rank, size, local_rank = place or (0, 1, 0)
     device = device_of(engine, local_rank)
     on_cuda = device.type == "cuda"
     if engine.name == "single" and size > 1:
@@ -94,14 +106,47 @@ def start_world(engine: EngineConfig) -> World:
     if on_cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
+        told = [name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)]
+        local_size = _number(os.environ, told[0], 1) if told else size
         torch.set_num_threads(max(1, num_cores() // local_size))
-    if "RANK" not in os.environ:
+    if place is None:
         return World(rank, size, device)
-    dist.init_process_group("nccl" if on_cuda else "gloo")
-    host_group = dist.new_group(backend="gloo")
+    try:
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+        host_group = dist.new_group(backend="gloo")
+    except (ValueError, RuntimeError) as err:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunError(
+            f"rank {rank} does not find the {size - 1} others at MASTER_ADDR:MASTER_PORT {where}: "
+            f"{str(err).splitlines()[0]}; is the port taken, or a rank not started?",
+            USAGE,
+        ) from None
     assert isinstance(host_group, dist.ProcessGroup)  # of all ranks, so this one is in it
     return World(rank, size, device, host_group)
+
+
+def _place(env: Mapping[str, str]) -> tuple[int, int, int] | None:
+    """Rank, number of ranks, and rank on this machine, by the launcher's variables; None where there is no launcher."""
+    alone = {"RANK": None, "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    given = [name for name, value in alone.items() if env.get(name) not in (None, value)]
+    if "RANK" not in env and not given:
+        return None
+    launched = "start it by torchrun or deepspeed, or unset it to run alone"
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if not env.get(name):
+            found = f"{name} is {'empty' if name in env else 'not set'}"
+            others = "".join(f", but {other}={env[other]} is" for other in given if other != name)
+            raise RunError(f"{found}{others}; {launched}", USAGE)
+    size = _number(env, "WORLD_SIZE", 1)
+    return _number(env, "RANK", 0, size), size, _number(env, "LOCAL_RANK", 0)
+
+
+def _number(env: Mapping[str, str], name: str, least: int, end: int | None = None) -> int:
+    text = env.get(name, str(least))
+    if not text.isdecimal() or int(text) < least or (end is not None and int(text) >= end):
+        wanted = f"a number from {least} on" if end is None else f"a number below WORLD_SIZE={end}"
+        raise RunError(f"{name}='{text}', wanted {wanted}; launchers set it", USAGE)
+    return int(text)
 
 
 class _Stack(torch.autograd.Function):
@@ -123,6 +168,3 @@ def stacked(x: Tensor) -> Tensor:
     """[size, *x.shape]: the tensor of each rank, with its gradient from all of them; torch's own warns from 2.13 on."""
     stack: Any = _Stack.apply(x)
     return stack
-
-
-_LAUNCHER = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}

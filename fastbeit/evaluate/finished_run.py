@@ -20,6 +20,7 @@ from fastbeit.model.kernels import chosen_kernels
 from fastbeit.tokenizer.disk import bundled_path, load_tokenizer
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
+from fastbeit.train.stop import Stop
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def measure(run: Trained, num_crops: int) -> Figures:
         num_crops: looked at for each figure; with 1000 its error is some hundredths of a nat.
     """
     config, tokenizer, world = run.config, run.tokenizer, run.world
-    train = evaluate(config, run.model, tokenizer, run.index, world, num_crops)
-    val = evaluate(config, run.model, tokenizer, run.val_index, world, num_crops) if run.val_index else train
+    train = evaluate(config, run.model, tokenizer, run.index, world, num_crops, Stop())
+    val = evaluate(config, run.model, tokenizer, run.val_index, world, num_crops, Stop()) if run.val_index else train
     words = token_histogram(config, tokenizer, run.index, world, num_crops) if tokenizer else None
     return Figures(
         held_out=run.val_index is not None,

@@ -4,6 +4,7 @@ The yardstick is the unigram baseline: the cross-entropy of the images' tokens u
 tokens, the loss of a model that sees no image.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from fastbeit.model.beit import Beit
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.quality import word_usage
 from fastbeit.tokenizer.source import visual_tokens
+from fastbeit.train.stop import Stop, StopWanted
 
 MAX_BATCH = 256  # images a rank looks at together
 SMOOTHING = 0.5  # added to each word's count, so that an unseen word costs much but not everything
@@ -67,25 +69,32 @@ def batches_of(
 
 @torch.no_grad()
 def evaluate(
-    config: Config, model: Beit, tokenizer: Tokenizer | None, index: Index, world: World, num_crops: int
+    config: Config, model: Beit, tokenizer: Tokenizer | None, index: Index, world: World, num_crops: int, stop: Stop
 ) -> Evaluation:
-    """Loss and accuracy on unseen crops of `index`; all ranks must call it. Drop path is off."""
+    """Loss and accuracy on unseen crops of `index`; all ranks must call it. Drop path is off.
+
+    Raises:
+        StopWanted: a rank was asked to stop before the end; on all ranks.
+    """
     token_size = tokenizer.view_size(config.grid) if tokenizer else None
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     histogram = torch.zeros(tokenizer.vocab_size if tokenizer else 0, dtype=torch.int64, device=world.device)
     num_predicted, seed = 0, held_out_seed(config)
     rule = replace(masking.rule_of(config), seed=seed)
-    for batch in batches_of(config, index, world, num_crops, token_size, seed):
-        samples = batch.epoch.to(world.device), batch.sample.to(world.device)
-        slots = masking.draw(rule, *samples)
-        tokens = visual_tokens(tokenizer, batch, world.device)
-        labels = masking.label(slots, None if tokens is None else tokens.gather(1, slots.predict_idx))
-        loss_sum, num_correct = model(batch.images.to(world.device), slots.masked, slots.predict_idx, labels)
-        sums += torch.stack([loss_sum.double(), num_correct.double()])
-        num_predicted += int((labels != masking.UNUSED).sum())
-        if tokens is not None:
-            histogram += torch.bincount(tokens.flatten(), minlength=len(histogram))
-    loss, correct, count, *words = world.sum([*sums.tolist(), num_predicted, *histogram.tolist()])
+    with contextlib.suppress(StopWanted), stop.interrupts():
+        for batch in batches_of(config, index, world, num_crops, token_size, seed):
+            samples = batch.epoch.to(world.device), batch.sample.to(world.device)
+            slots = masking.draw(rule, *samples)
+            tokens = visual_tokens(tokenizer, batch, world.device)
+            labels = masking.label(slots, None if tokens is None else tokens.gather(1, slots.predict_idx))
+            loss_sum, num_correct = model(batch.images.to(world.device), slots.masked, slots.predict_idx, labels)
+            sums += torch.stack([loss_sum.double(), num_correct.double()])
+            num_predicted += int((labels != masking.UNUSED).sum())
+            if tokens is not None:
+                histogram += torch.bincount(tokens.flatten(), minlength=len(histogram))
+    stops, loss, correct, count, *words = world.sum([stop.wanted, *sums.tolist(), num_predicted, *histogram.tolist()])
+    if stops:
+        raise StopWanted
     return Evaluation(loss / max(count, 1), correct / max(count, 1), int(count), torch.tensor(words).long())
 
 

@@ -15,9 +15,9 @@ from fastbeit.data.index.checked import checked_path, write_checked
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.progress import Progress
 from fastbeit.data.workers import load_items
-from fastbeit.errors import CANNOT_CREATE, DATA_LIMIT, DONE, BadImage, RunError
+from fastbeit.errors import CANNOT_CREATE, DATA_LIMIT, DONE, BadImage, RunError, WorkerError
 from fastbeit.files import aside, put_in_place
-from fastbeit.train.stop import Stop
+from fastbeit.train.stop import Stop, StopWanted
 
 TOGETHER, TOGETHER_AT_MOST = 32, 256  # images a process decodes before it answers: tenths of a second, or seconds
 
@@ -83,16 +83,14 @@ def _look_at_all(index: Index, num_workers: int) -> Iterator[tuple[range, Findin
     with Stop() as stop, contextlib.closing(answers), Progress("decoding", len(index)) as progress:
         for part in parts:
             try:
-                found = next(answers)
-            except RuntimeError as err:
-                raise RunError(
-                    f"a decoding process ended ({err}): out of memory, or one of the images from "
-                    f"'{index.name(part[0])}' on brought it down"
-                ) from None
+                with stop.interrupts():
+                    found = next(answers)
+            except StopWanted:
+                raise KeyboardInterrupt from None
+            except WorkerError as err:
+                raise RunError(f"{err}; or one of the images from '{index.name(part[0])}' on brought it down") from None
             yield part, found
             progress.advance(len(part), len(found.bad))
-            if stop.wanted:
-                raise KeyboardInterrupt
 
 
 class Looks(Dataset):

@@ -142,11 +142,11 @@ class Pretraining:
         line = f"loss {loss:.4f}  masked accuracy {accuracy:.4f}"
         return Reading({"loss": loss, "masked_accuracy": accuracy}, line)
 
-    def look(self, model: nn.Module, log: RunLog, step: int) -> Reading:
+    def look(self, model: nn.Module, log: RunLog, step: int, stop: Stop) -> Reading:
         """Loss and accuracy on held-out images."""
         assert self.val_index and isinstance(model, Beit)
         num_crops = self.config.log.val_crops * len(self.val_index)
-        found = evaluate(self.config, model, self.source.tokenizer(), self.val_index, self.world, num_crops)
+        found = evaluate(self.config, model, self.source.tokenizer(), self.val_index, self.world, num_crops, stop)
         line = f"held-out loss {found.loss:.4f}  masked accuracy {found.accuracy:.4f}"
         return Reading({"loss": found.loss, "accuracy": found.accuracy}, line)
 

@@ -30,10 +30,20 @@ from fastbeit.data.index.scan import build_index
 from fastbeit.data.progress import Progress
 from fastbeit.data.shrink import Shrunk, shrink
 from fastbeit.data.workers import load_items
-from fastbeit.errors import CANNOT_WRITE, DATA_MISSING, DONE, PREEMPTED, USAGE, BadImage, DataError, RunError
+from fastbeit.errors import (
+    CANNOT_WRITE,
+    DATA_MISSING,
+    DONE,
+    PREEMPTED,
+    USAGE,
+    BadImage,
+    DataError,
+    RunError,
+    WorkerError,
+)
 from fastbeit.files import aside, put_in_place
 from fastbeit.train.rundir import hold
-from fastbeit.train.stop import Stop
+from fastbeit.train.stop import Stop, StopWanted
 
 FORMAT = "fastbeit-shards-1"
 CARD, BAD, SKIPPED, SCANNED = "shards.json", "bad_images.txt", "skipped_files.txt", ".source.idx"
@@ -171,15 +181,17 @@ def _make(index: Index, out: Path, card: Shards, num_workers: int, stop: Stop) -
         writing = Writing(out, index, len(card.shards))
         try:
             for part in parts:
-                made = _next(answers, index, part)
+                try:
+                    with stop.interrupts():
+                        made = _next(answers, index, part)
+                except StopWanted:
+                    return card
                 for one in made:
                     if writing.is_full(one, settings.shard_mb * 1_000_000):
                         card = _save(out, card, writing.finish())
                         writing = Writing(out, index, len(card.shards))
                     writing.add(one)
                 progress.advance(len(made), sum(one.shrunk is None for one in made))
-                if stop.wanted:
-                    return card
             return _save(out, card, writing.finish())
         finally:
             writing.drop()
@@ -188,11 +200,8 @@ def _make(index: Index, out: Path, card: Shards, num_workers: int, stop: Stop) -
 def _next(answers: Iterator[list["Answer"]], index: Index, part: range) -> list["Answer"]:
     try:
         return next(answers)
-    except RuntimeError as err:
-        raise RunError(
-            f"a decoding process ended ({err}): out of memory, or one of the images from '{index.name(part[0])}' on "
-            "brought it down"
-        ) from None
+    except WorkerError as err:
+        raise RunError(f"{err}; or one of the images from '{index.name(part[0])}' on brought it down") from None
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def _tokenize(config: Config, index: Index, chosen: Chosen, writer: CacheWriter,
     )
     bad_samples = BadSamples(folder / BAD_SAMPLES, len(index), writes=world.rank == 0)
     num_written = 0
-    with contextlib.closing(loader) as views, Progress(writer, pending, world) as progress:
+    with contextlib.closing(loader), Progress(writer, pending, world) as progress:
+        views = stop.until_wanted(loader)
         if world.rank == 0:
             bad_samples.add(writer.bad())
         for turn in range(-(-len(pending) // world.size)):
@@ -134,9 +135,9 @@ def _encode(
     """Tokens [rows, K, N] uint16 of a chunk, and its bad images; None when a stop is wanted before its end."""
     parts, bad, done = [], [], rows.start
     while done < rows.stop:
-        if stop.wanted:
+        made = next(views, None)
+        if made is None:
             return None
-        made = next(views)
         crops = made.images.flatten(0, 1).split(ENCODED_TOGETHER)
         tokens = torch.cat([tokenizer.encode(some) for some in crops]).unflatten(0, made.images.shape[:2])
         part = tokens.cpu().numpy().astype(np.uint16)

@@ -18,7 +18,7 @@ from fastbeit.data.loader import make_loader
 from fastbeit.data.to_device import on_device
 from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.ranks import World, start_world
-from fastbeit.errors import DONE
+from fastbeit.errors import DONE, PREEMPTED
 from fastbeit.tokenizer.disk import save_tokenizer
 from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.tokenizer.quality import Quality, WordUsage, measure_quality
@@ -28,7 +28,7 @@ from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Outcome, Reading, check_batch, train
 from fastbeit.train.pipeline import Choice, settle_pipeline
 from fastbeit.train.rundir import claim
-from fastbeit.train.stop import Stop
+from fastbeit.train.stop import Stop, StopWanted
 
 NUM_SHOWN = 8  # images on TensorBoard, above their reconstructions
 
@@ -57,10 +57,15 @@ def train_tokenizer(
     with claim(out, config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         outcome = train(task, config, world, out, stop, command)
-        if outcome.exit_code == DONE and world.rank == 0:
-            _finish(task, outcome, out, command)
+        code = outcome.exit_code
+        if code == DONE and world.rank == 0:
+            try:
+                with stop.interrupts():
+                    _finish(task, outcome, out, command)
+            except StopWanted:
+                code = PREEMPTED
     world.leave()
-    return outcome.exit_code
+    return code
 
 
 def _finish(task: "DvaeTraining", outcome: Outcome, out: Path, command: list[str]) -> None:
@@ -145,16 +150,17 @@ class DvaeTraining:
         line = f"loss {loss:.4f}  MAE {error:.4f}  words {usage.num_in_use}"
         return Reading({"loss": loss, "mean_abs_error": error, **figures}, line, usage.warning())
 
-    def look(self, model: nn.Module, log: RunLog, step: int) -> Reading | None:
+    def look(self, model: nn.Module, log: RunLog, step: int, stop: Stop) -> Reading | None:
         """Show reconstructions by the averaged weights, and measure them where there are held-out images."""
         if self.world.rank:
             return None
         assert isinstance(model, DvaeTrainer)
-        tokenizer, (batch,) = _tokenizer_of(model), self._calm_crops(1)
-        shown = batch.images[:NUM_SHOWN].cpu()  # DALI's lie on the GPU
-        decoded = tokenizer.decode(tokenizer.encode(shown), tokenizer.grid(self.config.data.image_size)).cpu()
+        with stop.interrupts():
+            tokenizer, (batch,) = _tokenizer_of(model), self._calm_crops(1)
+            shown = batch.images[:NUM_SHOWN].cpu()  # DALI's lie on the GPU
+            decoded = tokenizer.decode(tokenizer.encode(shown), tokenizer.grid(self.config.data.image_size)).cpu()
+            self.held_out = self.judge(model)
         log.picture("reconstructions", torch.cat([_side_by_side(shown), _side_by_side(decoded)]), step)
-        self.held_out = self.judge(model)
         return Reading(self.held_out, f"held out: {Quality.line(self.held_out)}") if self.held_out else None
 
     def judge(self, model: DvaeTrainer) -> dict[str, float]:

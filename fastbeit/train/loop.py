@@ -22,7 +22,7 @@ from fastbeit.data.batch import Batch
 from fastbeit.engine.fitting import Rehearsal, fitting_accumulate, out_of_memory_in_one_line
 from fastbeit.engine.protocol import make_engine
 from fastbeit.engine.ranks import World
-from fastbeit.errors import DONE, PREEMPTED, ConfigError, DataError, RunError
+from fastbeit.errors import DONE, PREEMPTED, ConfigError, RunError
 from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.checkpoint import Saver
 from fastbeit.train.ema import Average
@@ -49,7 +49,9 @@ class Look:
 
     name: str  # of the event in the log
     every: int  # steps; 0: at the end alone
-    see: Callable[[nn.Module, RunLog, int], Reading | None]  # the model that is kept, the log, the step
+    # given the model that is kept, the log, the step and the stop that ends it early, by `StopWanted` on all ranks that
+    # look; None: this rank does not
+    see: Callable[[nn.Module, RunLog, int, Stop], Reading | None]
 
 
 class Task(Protocol):
@@ -139,7 +141,9 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     model.to(world.device)
     if saver.last_checkpoint is None:
         if world.rank == 0:
-            task.start(model)
+            # the ranks stop together, before the first step
+            with contextlib.suppress(StopWanted), stop.interrupts():
+                task.start(model)
         world.share(model)
     average = Average(model, task.ema_decay)
     saver.load_average(average)
@@ -163,11 +167,11 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     def next_batch() -> Batch | None:
         try:
             return feed.next()
-        except DataError as err:
+        except RunError as err:
             # on all ranks in this step: no step that was taken is lost
             if step > saver.last_step:
                 save()
-            raise DataError(f"{err}; last checkpoint: {saver.last_checkpoint or 'none'}", err.exit_code) from None
+            raise RunError(f"{err}; last checkpoint: {saver.last_checkpoint or 'none'}", err.exit_code) from None
 
     meter = Meter(world, optim.batch_size, task.flops_per_image)
     bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0)
@@ -187,7 +191,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
         for look in task.looks:
             # a kill between a checkpoint and the look at it has left none
             if step and _is_seen(look, step, task) and world.sum([log.lacks(step, look.name)])[0]:
-                _see(log, look, average.model or model, step)
+                _see(log, look, average.model or model, step, stop)
         while step < task.num_steps and (batch := next_batch()):
             # ---- one step -------------------------------------------------------------------------------------------
             tensors, count = task.inputs(batch, step)
@@ -215,8 +219,10 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             # once in a while: look
             for look in task.looks:
                 if _is_seen(look, step, task):
-                    _see(log, look, average.model or model, step)
-        if step < task.num_steps:
+                    _see(log, look, average.model or model, step, stop)
+        # the last look may have been cut short, too: it is made up for when the training is started again
+        is_done = step == task.num_steps and not (task.looks and world.sum([stop.wanted])[0])
+        if not is_done:
             if meter.num_steps:
                 say()
             if step > saver.last_step:
@@ -224,7 +230,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             how = f"at step {step} of {task.num_steps}, saved" if step else "before the first step"
             log.say(f"stopped {how}; to go on: {shlex.join(command)}")
 
-    code = DONE if step == task.num_steps else PREEMPTED
+    code = DONE if is_done else PREEMPTED
     kept = average.model or model
     return Outcome(code, saver.last_checkpoint, kept, time.monotonic() - began, step - first_step)
 
@@ -246,7 +252,8 @@ class Feed:
         """This rank's batch of the next step; None: somebody was asked to stop.
 
         Raises:
-            DataError: a rank has no data (66), or too many images are bad (65); on all ranks in the same step.
+            RunError: a rank has no data (66), too many images are bad (65), a data worker died: whatever it is, on all
+                ranks in the same step.
         """
         began = time.perf_counter()
         batch, error = self._fetch()
@@ -260,12 +267,12 @@ class Feed:
         self._bad_samples.add(now.bad)
         return None if now.stops else batch
 
-    def _fetch(self) -> tuple[Batch | None, DataError | None]:
+    def _fetch(self) -> tuple[Batch | None, RunError | None]:
         try:
             # a stop must also end the wait for a disk that does not answer
             with self._stop.interrupts():
                 return next(self._batches), None
-        except DataError as err:
+        except RunError as err:
             return None, err
         except StopWanted:
             return None, None
@@ -310,10 +317,13 @@ def _say(log: RunLog, task: Task, meter: Meter, place: dict[str, float], num_bad
         log.say(reading.warning)
 
 
-def _see(log: RunLog, look: Look, model: nn.Module, step: int) -> None:
+def _see(log: RunLog, look: Look, model: nn.Module, step: int, stop: Stop) -> None:
     # as it is written: batches of other shapes would be compiled for
     with torch.compiler.set_stance("force_eager"):
-        reading = look.see(model, log, step)
+        try:
+            reading = look.see(model, log, step, stop)
+        except StopWanted:
+            return
     if reading:
         log.write({"step": step, "event": look.name, **reading.figures})
         log.say(f"step {step}  {reading.line}")

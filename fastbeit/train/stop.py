@@ -3,8 +3,11 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # a scheduler, Ctrl-C, a terminal that is closed
 
 
 class StopWanted(BaseException):
@@ -12,7 +15,10 @@ class StopWanted(BaseException):
 
 
 class Stop:
-    """Flags that signals set and the loop reads: SIGTERM and SIGINT stop, SIGUSR1 saves."""
+    """Flags that signals set and the loop reads: SIGTERM, SIGINT and SIGHUP stop, SIGUSR1 saves.
+
+    A SIGHUP that was ignored before stays so: whoever starts a run with `nohup` wants that.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
@@ -41,14 +47,26 @@ class Stop:
         finally:
             self._is_waited = False
 
+    def until_wanted(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, up to where a stop is wanted; it ends a wait for one too."""
+        iterator = iter(items)
+        while True:
+            try:
+                with self.interrupts():
+                    item = next(iterator)
+            except (StopIteration, StopWanted):
+                return
+            yield item
+
     def _signals(self) -> list[int]:
-        # another thread than the main one may not listen, and Windows knows no SIGUSR1
+        # another thread than the main one may not listen, and Windows knows no SIGHUP and no SIGUSR1
         if threading.current_thread() is not threading.main_thread():
             return []
-        return [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+        numbers = [getattr(signal, name) for name in (*STOPS, "SIGUSR1") if hasattr(signal, name)]
+        return [n for n in numbers if not (_name(n) == "SIGHUP" and signal.getsignal(n) == signal.SIG_IGN)]
 
     def _hear(self, number: int, frame: object) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT):
+        if _name(number) in STOPS:
             if self.wanted and number == signal.SIGINT:
                 raise KeyboardInterrupt  # asked twice: now
             self.wanted = True
@@ -57,3 +75,7 @@ class Stop:
                 raise StopWanted
         else:
             self.save_wanted = True
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name

@@ -1,6 +1,9 @@
 """What DALI is given, and what becomes of a run when DALI fails."""
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,16 @@ from fastbeit.data.index import checked
 from fastbeit.data.index.checked import read_checked
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.index.scan import build_index
-from fastbeit.data.loader import make_token_loader
+from fastbeit.data.loader import make_loader, make_token_loader
 from fastbeit.errors import DataError, RunError
 from fastbeit.jobs.check_index import check_index
 from fastbeit.jobs.index import index as make_index
+from fastbeit.train.stop import Stop
 from helpers import photos
 from helpers.caches import configured
 from helpers.loading import assert_same, batches
 from helpers.tiny import make_parts, make_photos, write_config
+from helpers.waiting import PATIENCE_S
 
 graph = pytest.importorskip("fastbeit.data.dali_graph")
 OPTIONS: dict[str, Any] = {"pipeline": "dali", "batch_size": 5, "num_steps": 4, "tail": "wrap"}
@@ -297,3 +302,23 @@ def test_a_training_goes_on_and_lists_the_file(tmp_path, monkeypatch):
     assert json.loads(listed)["sample"] == 7 and "07.jpg: corrupt JPEG" in listed
     checked.checked_path(path).unlink()
     assert losses("scanned") == found and len(found) == 6
+
+
+def test_a_stop_ends_the_wait_for_a_disk_that_does_not_answer(index, monkeypatch):
+    """A thread of its own reads, and nothing ends that."""
+    answers = threading.Event()
+
+    def read(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert answers.wait(PATIENCE_S), "waited on"
+
+    monkeypatch.setattr(Index, "read_bytes", read)
+    data = DataConfig(pipeline="dali", image_size=(32, 32), num_workers=2)
+    loader = make_loader(
+        data, index, token_size=None, batch_size=4, seed=0, rank=0, world_size=1, first_step=0, num_steps=3
+    )
+    try:
+        with Stop() as stop:
+            assert [*stop.until_wanted(loader)] == []
+    finally:
+        answers.set()

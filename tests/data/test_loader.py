@@ -116,9 +116,9 @@ def test_a_signal_finds_no_worker_unprepared(index, monkeypatch):
     """A scheduler's SIGTERM may come when a worker has just been born: it must not die of it."""
     begin = workers._begin_worker
 
-    def begin_late(worker):
+    def begin_late(parent, worker):
         os.kill(os.getpid(), signal.SIGTERM)
-        begin(worker)
+        begin(parent, worker)
 
     monkeypatch.setattr(workers, "_begin_worker", begin_late)
     assert len(batches(index, num_workers=1)) == 3

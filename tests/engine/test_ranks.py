@@ -1,14 +1,18 @@
 """What ranks tell one another, by two real ones."""
 
 import json
+import socket
 import sys
 
 import pytest
 import torch
 
-from fastbeit.engine.ranks import Verdict, World
-from fastbeit.errors import DataError
+from fastbeit.config.sections import EngineConfig
+from fastbeit.engine.ranks import Verdict, World, start_world
+from fastbeit.errors import DataError, RunError
 from helpers.waiting import finished
+
+HERE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
 
 SCRIPT = """
 import json, sys
@@ -17,6 +21,7 @@ from torch import nn
 from fastbeit.config.sections import EngineConfig
 from fastbeit.engine.ranks import stacked, start_world
 from fastbeit.errors import DataError
+from fastbeit.process import leave
 
 world = start_world(EngineConfig(device="cpu"))
 rank = world.rank
@@ -44,6 +49,7 @@ x = torch.full((2,), float(rank + 1), requires_grad=True)
 result = {"verdicts": verdicts, "weight": model.weight.tolist(), "grad": x.grad.tolist(), "sum": world.sum([rank, 5])}
 print(json.dumps(result), file=open(sys.argv[1] + str(rank), "w"))
 world.leave()
+leave(0)
 """
 
 
@@ -83,3 +89,49 @@ def test_one_rank_agrees_with_itself():
     said = world.agree(stop=True, save=False, bad=[(1, "x")], error=error)
     assert isinstance(said, Verdict) and said.stops and not said.saves and said.bad == [(1, "x")]
     assert said.error and str(said.error) == "gone" and said.error.exit_code == error.exit_code
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "^RANK is not set, but WORLD_SIZE=2 is; start it by torchrun or deepspeed, or unset it"),
+        ({"LOCAL_RANK": "1"}, "^RANK is not set, but LOCAL_RANK=1 is"),
+        ({"RANK": "0"}, "^WORLD_SIZE is not set, but RANK=0 is"),
+        ({"RANK": ""}, "^RANK is empty; start"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "^MASTER_ADDR is not set, but RANK=0 is"),
+        ({**HERE, "RANK": "2"}, "^RANK='2', wanted a number below WORLD_SIZE=2"),
+        ({**HERE, "RANK": "-1"}, "^RANK='-1', wanted"),
+        ({**HERE, "WORLD_SIZE": "two"}, "^WORLD_SIZE='two', wanted a number from 1 on"),
+        ({**HERE, "LOCAL_RANK": "x"}, "^LOCAL_RANK='x', wanted a number from 0 on"),
+        ({**HERE, "LOCAL_WORLD_SIZE": "x"}, "^LOCAL_WORLD_SIZE='x', wanted a number from 1 on"),
+        (
+            {**HERE, "MASTER_PORT": "port"},
+            "^rank 0 does not find the 1 others at MASTER_ADDR:MASTER_PORT 127.0.0.1:port",
+        ),
+    ],
+)
+def test_ranks_that_are_not_there_are_said(monkeypatch, given, words):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with pytest.raises(RunError, match=words) as caught:
+        start_world(EngineConfig(name="ddp", device="cpu"))
+    assert caught.value.exit_code == 2
+
+
+def test_a_port_that_is_taken_is_said(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in {**HERE, "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RunError, match=r"^rank 0 does not find .*(EADDRINUSE|in use).*is the port taken"):
+            start_world(EngineConfig(name="ddp", device="cpu"))
+
+
+def test_a_container_that_says_one_is_alone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert start_world(EngineConfig(name="single", device="cpu")).size == 1

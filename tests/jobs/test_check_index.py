@@ -89,7 +89,7 @@ def test_a_decoder_that_falls(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(checking, "check", fall)
-    with pytest.raises(RunError, match=r"a decoding process ended .*one of the images from '.*000.jpg' on"):
+    with pytest.raises(RunError, match=r"was killed by signal 9: .*one of the images from '.*000.jpg' on"):
         check_index(path, 2)
 
 

@@ -14,6 +14,7 @@ import fastbeit.jobs.pretrain
 from fastbeit.config.read import load_config
 from fastbeit.config.sections import Kernels, KernelsConfig
 from fastbeit.data.index.scan import build_index
+from fastbeit.data.plans import Plans
 from fastbeit.errors import RunError
 from fastbeit.jobs.pretrain import pretrain
 from fastbeit.train.checkpoint import load_model, load_optimizer, resolve_checkpoint
@@ -185,7 +186,7 @@ def test_an_out_that_cannot_be_made_is_said(train, tmp_path):
     assert caught.value.exit_code == 73
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves(parts, tmp_path, number):
     out = tmp_path / "run"
     settings = [f"{key}={value}" for key, value in parts.items() if key != "config"]
@@ -207,6 +208,50 @@ def test_a_signal_saves(parts, tmp_path, number):
     assert process.returncode == 75, stderr
     assert resolve_checkpoint(out).name in stdout and "to go on: fastbeit pretrain" in stderr
     assert len(list((out / "checkpoints").iterdir())) == (2 if number == signal.SIGUSR1 else 1)
+
+
+def test_a_worker_that_is_killed_costs_no_step(train, tmp_path, monkeypatch):
+    """As one is where memory runs out."""
+    draw = Plans.draw
+
+    def draw_and_fall(plans, step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(plans, step)
+
+    monkeypatch.setattr(Plans, "draw", draw_and_fall)
+    with pytest.raises(RunError, match="killed by signal 9.*last checkpoint: .*step-") as caught:
+        train(data__num_workers=1, optim__steps=9)
+    assert caught.value.exit_code == 1
+    # two batches were made ahead of it
+    assert sorted(read_log(tmp_path / "run"))[-1] >= 3
+
+
+def test_a_stop_ends_a_look_after_the_checkpoint_and_it_is_made_up_for(train, parts, tmp_path, monkeypatch):
+    def stopped(*args):
+        signal.raise_signal(signal.SIGTERM)
+
+    settings = {"optim__steps": 4, "data__val_index": parts["data.index"]}
+    with monkeypatch.context() as patch:
+        patch.setattr("fastbeit.evaluate.masked.visual_tokens", stopped)
+        assert train(**settings)[0] == 75
+    assert resolve_checkpoint(tmp_path / "run").name.endswith("4")
+    log = tmp_path / "run/log.jsonl"
+    assert "validation" not in log.read_text()
+    assert train(**settings)[0] == 0
+    assert "validation" in log.read_text()
+
+
+def test_a_dead_reader_costs_no_step(parts, tmp_path):
+    """`fastbeit pretrain ... 2>&1 | head -1`"""
+    settings = [f"{key}={value}" for key, value in parts.items() if key != "config"]
+    command = [sys.executable, "-m", "fastbeit", "pretrain", parts["config"], *settings, f"out={tmp_path / 'run'}"]
+    read, write = os.pipe()
+    os.close(read)
+    with started([*command, "optim.steps=4"], stdout=write, stderr=write) as process:
+        assert process.wait(PATIENCE_S) == 0
+    os.close(write)
+    assert resolve_checkpoint(tmp_path / "run").name.endswith("4")
 
 
 def test_a_profile_is_written_when_asked_for(train, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
 from fastbeit.engine.ranks import World
-from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, DataError, RunError
+from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, RunError
 from fastbeit.jobs.train_tokenizer import step_generator, train_tokenizer
 from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder, one_hot, to_mapped
@@ -27,6 +28,7 @@ from fastbeit.tokenizer.training.objective import DvaeTrainer, draw_words, gumbe
 from fastbeit.train.ema import Average
 from fastbeit.train.log import RunLog
 from helpers.tiny import make_photos
+from helpers.waiting import PATIENCE_S
 
 TINY = {
     "data": {"image_size": 32, "num_workers": 0},
@@ -322,13 +324,34 @@ def test_a_resumed_training_is_the_uninterrupted_one(photos, tmp_path, monkeypat
     assert figures[0] == figures[1]
 
 
+@pytest.mark.parametrize("step", ["solve_both_ends", "measure_quality"])
+def test_a_stop_ends_the_start_and_the_look(photos, tmp_path, monkeypatch, capfd, step):
+    """Both take long on many images."""
+
+    def stopped(*args):
+        signal.raise_signal(signal.SIGTERM)
+        assert not threading.Event().wait(PATIENCE_S), "waited on"
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_tokenizer(config(optim__steps=2), photos, photos, whole, COMMAND)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"fastbeit.jobs.train_tokenizer.{step}", stopped)
+        assert train_tokenizer(config(optim__steps=2), photos, photos, parts, COMMAND) == PREEMPTED
+        where = "before the first step" if step == "solve_both_ends" else "at step 2 of 2, saved"
+        assert f"stopped {where}; to go on: fastbeit tokenizer train" in capfd.readouterr().err
+    assert not (parts / "dvae.json").exists()
+    assert train_tokenizer(config(optim__steps=2), photos, photos, parts, COMMAND) == DONE
+    assert weights(parts) == weights(whole)
+
+
 def test_a_disk_that_vanishes_costs_no_step(photos, tmp_path, monkeypatch):
     whole, parts, images = tmp_path / "whole", tmp_path / "parts", photos.parent / "images"
     train_tokenizer(config(), photos, None, whole, COMMAND)
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "advance", lambda log: images.rename(tmp_path / "unmounted"))
-        with pytest.raises(DataError, match="gone, or not mounted"):
+        with pytest.raises(RunError, match="gone, or not mounted") as caught:
             train_tokenizer(config(), photos, None, parts, COMMAND)
+    assert caught.value.exit_code == 66
     (tmp_path / "unmounted").rename(images)
     assert [path.name for path in (parts / "checkpoints").iterdir()] == ["step-000001"]
     assert train_tokenizer(config(), photos, None, parts, COMMAND) == DONE

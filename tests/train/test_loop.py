@@ -8,7 +8,7 @@ import torch
 
 from fastbeit.data.decode import decode_reference
 from fastbeit.engine.ranks import World
-from fastbeit.errors import DataError
+from fastbeit.errors import DataError, RunError
 from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.loop import Feed, micro_batches
 from fastbeit.train.meter import Meter
@@ -24,7 +24,7 @@ def feed_of(batches, stop: Stop, folder) -> Feed:
     return Feed(batches, WORLD, stop, bad_samples, Meter(WORLD, 4))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_ends_the_wait_for_a_disk_that_does_not_answer(tmp_path, number):
     def batches():
         signal.raise_signal(number)
@@ -34,6 +34,28 @@ def test_a_stop_ends_the_wait_for_a_disk_that_does_not_answer(tmp_path, number):
     with Stop() as stop:
         assert feed_of(batches(), stop, tmp_path).next() is None
         assert stop.wanted
+
+
+def test_a_terminal_that_is_closed_is_no_stop_for_who_said_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.wanted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_items_come_until_a_stop_is_wanted():
+    def items():
+        for number in range(9):
+            if number == 2:
+                signal.raise_signal(signal.SIGTERM)
+            yield number
+
+    with Stop() as stop:
+        assert [*stop.until_wanted(items())] == [0, 1]
+    assert [*Stop().until_wanted([7, 8])] == [7, 8]
 
 
 def test_a_stop_while_an_image_is_decoded_is_no_damaged_image(tmp_path, monkeypatch):
@@ -76,7 +98,7 @@ def test_a_save_is_told_with_the_batch_and_data_that_is_gone_is_raised(tmp_path)
     with Stop() as stop:
         feed = feed_of(batches(), stop, tmp_path)
         assert isinstance(feed.next(), Good) and feed.save_wanted
-        with pytest.raises(DataError, match="the disk is gone"):
+        with pytest.raises(RunError, match="the disk is gone"):
             feed.next()
 
 

@@ -170,6 +170,7 @@ from fastbeit.config.read import configure
 from fastbeit.config.sections import EngineConfig
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import RunError
+from fastbeit.process import leave
 from fastbeit.train import pipeline
 
 world = start_world(EngineConfig(device="cpu"))
@@ -185,6 +186,7 @@ for missing, settings in ((1, []), (1, ["data.pipeline=dali"]), (None, [own])):
         told.append([str(err), err.exit_code])
 print(json.dumps(told), file=open(sys.argv[1] + str(world.rank), "w"))
 world.leave()
+leave(0)
 """
 
 

@@ -117,7 +117,7 @@ class Index:
     def _read_file(self, i: int) -> bytes:
         wanted = int(self.sizes[i])
         try:
-            with open(self._file_path(i), "rb", buffering=0) as file:
+            with open(self._file_path(i), "rb", buffering=0, opener=_open_at_once) as file:
                 size = os.fstat(file.fileno()).st_size
                 data = file.read(wanted)
         except OSError as err:
@@ -160,7 +160,7 @@ class Shard:
     def __init__(self, path: bytes, size: int) -> None:
         self._path, self._size, self.descriptor = path, size, -1
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = _open_at_once(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as err:
             raise _lost(path, err) from None
         self.check()
@@ -222,6 +222,11 @@ def is_index(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return b'"format": "fastbeit-index' in file.read(256)
+
+
+def _open_at_once(path: Any, flags: int) -> int:
+    """A pipe that took a file's place is not waited for: it is empty."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _expect(data: bytes, wanted: int, size: int) -> bytes:

@@ -217,6 +217,15 @@ def test_a_file_that_changed_is_a_bad_image(tmp_path, data, reason):
     assert index.read_bytes(1)
 
 
+def test_a_pipe_that_took_a_file_s_place_is_not_waited_for(tmp_path):
+    write(tmp_path / "data" / "x.jpg")
+    _, index = build(tmp_path / "data", tmp_path)
+    (tmp_path / "data" / "x.jpg").unlink()
+    os.mkfifo(tmp_path / "data" / "x.jpg")
+    with pytest.raises(BadImage, match="empty file"):
+        index.read_bytes(0)
+
+
 @pytest.mark.parametrize("leave_mount_point", [False, True])
 def test_a_folder_that_is_gone(tmp_path, leave_mount_point):
     write(tmp_path / "data" / "x.jpg")
