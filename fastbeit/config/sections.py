@@ -89,7 +89,7 @@ class DataConfig(Section):
     pipeline: Pipeline = Field(
         default="auto",
         description="who decodes and resizes; auto: what the run, or data.tokens, was begun with; at the very start "
-        "dali on cuda where it is installed, else torch",
+        "torch",
     )
     num_workers: int = Field(
         default=4, ge=0, description="decoding processes a rank; 0: decode in the training process"
