@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig
 from fastbeit.cores import num_cores
-from fastbeit.errors import USAGE, DataError, RunError
+from fastbeit.errors import USAGE, RunError
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Verdict:
     stops: bool  # somebody was asked to stop
     saves: bool  # somebody was asked to save
     bad: list[tuple[int, str]]  # images that all ranks replaced: row of the index, path and reason
-    error: DataError | None  # the first rank's that has no data
+    error: RunError | None  # the first rank's that cannot go on
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class World:
         dist.all_gather_object(parts, items, group=self.host_group)
         return [item for part in parts for item in part]
 
-    def agree(self, stop: bool, save: bool, bad: list[tuple[int, str]], error: DataError | None) -> Verdict:
+    def agree(self, stop: bool, save: bool, bad: list[tuple[int, str]], error: RunError | None) -> Verdict:
         """One verdict for all, of what each rank was asked and what it met; costs one collective where all is well."""
         stops, saves, met = self.sum([stop, save, bool(bad) or error is not None])
         reports = self.gather([(bad, error and (str(error), error.exit_code))]) if met else []
-        errors = [DataError(*told) for _, told in reports if told]
+        errors = [RunError(*told) for _, told in reports if told]
         return Verdict(bool(stops), bool(saves), [one for bad, _ in reports for one in bad], next(iter(errors), None))
 
     def share(self, model: nn.Module) -> None:

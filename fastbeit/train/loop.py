@@ -20,7 +20,7 @@ import fastbeit
 from fastbeit.config.sections import EngineConfig, LogConfig, OptimConfig
 from fastbeit.data.batch import Batch
 from fastbeit.engine.fitting import Rehearsal, fitting_accumulate, out_of_memory_in_one_line
-from fastbeit.engine.protocol import make_engine
+from fastbeit.engine.protocol import compute_dtype, make_engine
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DONE, PREEMPTED, ConfigError, DataError, RunError
 from fastbeit.train.bad_samples import BadSamples
@@ -29,6 +29,8 @@ from fastbeit.train.ema import Average
 from fastbeit.train.log import RunLog
 from fastbeit.train.meter import Meter
 from fastbeit.train.optim import learning_rate, make_optimizer, set_learning_rate
+from fastbeit.train.rundir import keep_config
+from fastbeit.train.settings import in_words
 from fastbeit.train.stop import Stop, StopWanted
 
 MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a training is stopped
@@ -132,7 +134,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     # 3. their average
     # 4. micro-batches, before the engine that counts them, and the moments, which the engine spreads over its ranks
     # 5. the step: order, crops, masks, noise, drop path and learning rate are functions of it
-    saver = Saver(out / "checkpoints", task.origin, config.log.keep, world)
+    saver = Saver(out / "checkpoints", task.origin, config, task.num_steps, world)
     torch.manual_seed(config.seed)
     model = task.make_model()
     saver.load_weights(model)
@@ -149,10 +151,12 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     saver.load_moments(engine)
     first_step = step = saver.first_step
     began -= saver.seconds_before
+    activations = str(compute_dtype(config.engine, world.device)).removeprefix("torch.")
+    ran = {"ranks": world.size, "device": world.device.type, "activations": activations}
+    ran["micro_batches"] = fit.accumulate
 
     def save() -> None:
-        known = {"config": config.model_dump(mode="json"), "versions": _versions()}
-        known |= {"seconds": time.monotonic() - began, "fit": fit.kept}
+        known = {"ran": ran, "versions": _versions(), "seconds": time.monotonic() - began, "fit": fit.kept}
         saver.save(step, engine, model, average, known)
 
     def say() -> None:
@@ -162,15 +166,18 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
 
     def next_batch() -> Batch | None:
         try:
-            return feed.next()
-        except DataError as err:
+            return feed.next(log.error or bad_samples.error)
+        except RunError as err:
             # on all ranks in this step: no step that was taken is lost
             if step > saver.last_step:
                 save()
-            raise DataError(f"{err}; last checkpoint: {saver.last_checkpoint or 'none'}", err.exit_code) from None
+            raise RunError(f"{err}; last checkpoint: {saver.last_checkpoint or 'none'}", err.exit_code) from None
 
     meter = Meter(world, optim.batch_size, task.flops_per_image)
-    bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0)
+    if world.rank == 0:
+        # every check has passed: from here on there are traces of this start
+        keep_config(out, config)
+    bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0, anew=step == 0)
     with (
         out_of_memory_in_one_line(fit.remedy),
         contextlib.closing(task.batches(step)) as batches,
@@ -180,6 +187,11 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
         feed = Feed(batches, world, stop, bad_samples, meter)
         for problem in saver.problems:
             log.say(f"checkpoint passed over: {problem}")
+        for problem in filter(None, (log.problem, bad_samples.problem)):
+            log.say(problem)
+        if changes := saver.changes(ran | _versions()):
+            log.say(f"other than in the part up to step {step}: {in_words(changes)}")
+            log.write({"step": step, "event": "resume", "changes": changes})
         task.greet(log, model)
         if fit.line:
             log.say(fit.line)
@@ -224,6 +236,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             how = f"at step {step} of {task.num_steps}, saved" if step else "before the first step"
             log.say(f"stopped {how}; to go on: {shlex.join(command)}")
 
+    if error := log.error or bad_samples.error:
+        raise error
     code = DONE if step == task.num_steps else PREEMPTED
     kept = average.model or model
     return Outcome(code, saver.last_checkpoint, kept, time.monotonic() - began, step - first_step)
@@ -242,14 +256,18 @@ class Feed:
         self._meter = meter
         self.save_wanted = False  # by somebody, when the last batch was asked for
 
-    def next(self) -> Batch | None:
+    def next(self, error: RunError | None = None) -> Batch | None:
         """This rank's batch of the next step; None: somebody was asked to stop.
 
+        Args:
+            error: why this rank cannot go on.
+
         Raises:
-            DataError: a rank has no data (66), or too many images are bad (65); on all ranks in the same step.
+            RunError: a rank cannot go on, has no data (66), or too many images are bad (65); on all ranks in the same
+                step.
         """
         began = time.perf_counter()
-        batch, error = self._fetch()
+        batch, error = (None, error) if error else self._fetch()
         self._meter.waited(time.perf_counter() - began)
         now = self._world.agree(
             stop=self._stop.wanted, save=self._stop.save_wanted, bad=batch.bad if batch else [], error=error

@@ -8,7 +8,7 @@ import torch
 
 from fastbeit.data.decode import decode_reference
 from fastbeit.engine.ranks import World
-from fastbeit.errors import DataError
+from fastbeit.errors import DataError, RunError
 from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.loop import Feed, micro_batches
 from fastbeit.train.meter import Meter
@@ -76,7 +76,7 @@ def test_a_save_is_told_with_the_batch_and_data_that_is_gone_is_raised(tmp_path)
     with Stop() as stop:
         feed = feed_of(batches(), stop, tmp_path)
         assert isinstance(feed.next(), Good) and feed.save_wanted
-        with pytest.raises(DataError, match="the disk is gone"):
+        with pytest.raises(RunError, match="the disk is gone"):
             feed.next()
 
 
