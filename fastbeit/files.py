@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # how file systems say that they do not know a call: CIFS and gcsfuse EINVAL and EPERM, Lustre ENOSYS, NFS ENOTSUP;
 # gcsfuse says EMFILE for a folder that it would have to rename file by file
@@ -28,20 +28,30 @@ def sha256(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """Have the disk hold what was written to a file, or the names in a folder."""
-    is_folder = path.is_dir()
-    if is_folder and sys.platform == "win32":
-        return
-    try:
-        handle = os.open(path, os.O_RDONLY if is_folder or sys.platform != "win32" else os.O_RDWR)
+    if not path.is_dir():
+        with path.open("r+b") as file:
+            sync_open(file)
+    elif sys.platform != "win32":
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as err:
+            if err.errno not in UNKNOWN_OF_FOLDERS:
+                raise
+            do_without(path, "fsync of folders", err, "a power cut may cost what was written last")
+
+
+def sync_open(file: IO[bytes]) -> None:
+    """The same of an open file that was flushed."""
+    try:
+        os.fsync(file.fileno())
     except OSError as err:
-        if err.errno not in (UNKNOWN_OF_FOLDERS if is_folder else UNKNOWN):
+        if err.errno not in UNKNOWN:
             raise
-        what = "of folders" if is_folder else "of files"
-        do_without(path, f"fsync {what}", err, "a power cut may cost what was written last")
+        do_without(Path(file.name), "fsync of files", err, "a power cut may cost what was written last")
 
 
 def aside(path: Path) -> Path:
@@ -193,7 +203,8 @@ def do_without(path: Path, what: str, err: OSError, meaning: str) -> None:
     """Say, once a process, what the file system does not know, and what that means."""
     if what not in _said:
         _said.add(what)
-        print(f"the file system of '{path.parent}' has no {what} ({err.strerror}): {meaning}", file=sys.stderr)
+        reason = err.strerror or err
+        print(f"the file system of '{path.parent}' has no {what} ({reason}): {meaning}", file=sys.stderr)
 
 
 _said: set[str] = set()

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
@@ -101,8 +102,9 @@ class Saver:
                     CHECKPOINT_UNUSABLE,
                 )
         remedy = "remove that folder if it does not belong there, or choose another out"
+        settings = state.get("config")
         try:
-            found = changes(as_saved(type(self.config), state.get("config", {})), self.config)
+            found = changes(as_saved(type(self.config), settings if isinstance(settings, dict) else {}), self.config)
         except ConfigError as err:
             raise RunError(f"'{path}' was made with other settings: {err}; {remedy}", CHECKPOINT_UNUSABLE) from err
         if wrong := fixed(found):
@@ -118,6 +120,8 @@ class Saver:
         """An error in this context is one of a checkpoint that does not fit the model."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, KeyError, StopIteration) as err:
             raise RunError(
                 f"'{self.last_checkpoint}': its {what} do not fit this model ({str(err).splitlines()[0]}): it was made "
@@ -212,7 +216,8 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except OSError as err:
-        if err.errno != errno.ENODEV:
+        # the library says the number in words alone
+        if f"os error {errno.ENODEV}" not in str(err):
             raise
         do_without(path, "memory-mapped files", err, "checkpoints are read as a whole, which takes twice the memory")
         return load(path.read_bytes())

@@ -7,6 +7,7 @@ import contextlib
 import math
 import platform
 import shlex
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fastbeit.engine.fitting import Rehearsal, fitting_accumulate, out_of_memory
 from fastbeit.engine.protocol import compute_dtype, make_engine
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DONE, PREEMPTED, ConfigError, DataError, RunError
+from fastbeit.files import aside, put_in_place
 from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.checkpoint import Saver
 from fastbeit.train.ema import Average
@@ -356,9 +358,18 @@ def _profiler(config: TaskConfig, out: Path, world: World):
         # there is but one cycle; otherwise PyTorch 2.11 warns, and crashes where a warning is an error
         acc_events=True,
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(out / "profile.json")),
+        on_trace_ready=lambda profiler: _keep_trace(profiler, out / "profile.json"),
     ) as profiler:
         yield profiler
+
+
+def _keep_trace(profiler: torch.profiler.profile, path: Path) -> None:
+    """An extra, which does not end a training."""
+    try:
+        profiler.export_chrome_trace(str(aside(path)))
+        put_in_place(path)
+    except (OSError, RuntimeError) as err:
+        print(f"no profile: '{path}': {err}", file=sys.stderr)
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import os
 import stat
 from collections.abc import Callable
@@ -16,14 +17,14 @@ def refuse(
     monkeypatch: pytest.MonkeyPatch, call: Any, number: int, when: Callable[..., bool] = lambda *args: True
 ) -> None:
     """Have a function of `os` or `fcntl` fail with this error, for the arguments that `when` is true of."""
-    module = fcntl if call is fcntl.flock else os
 
+    @functools.wraps(call)
     def refused(*args: Any, **options: Any) -> Any:
         if when(*args):
             raise OSError(number, os.strerror(number))
         return call(*args, **options)
 
-    monkeypatch.setattr(module, call.__name__, refused)
+    monkeypatch.setattr(fcntl if call.__name__ == "flock" else os, call.__name__, refused)
     monkeypatch.setattr(files, "_said", set())  # what was said before in this process
 
 
