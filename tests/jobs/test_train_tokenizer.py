@@ -16,7 +16,7 @@ from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
 from fastbeit.engine.ranks import World
-from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, DataError, RunError
+from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, RunError
 from fastbeit.jobs.train_tokenizer import step_generator, train_tokenizer
 from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder, one_hot, to_mapped
@@ -327,7 +327,7 @@ def test_a_disk_that_vanishes_costs_no_step(photos, tmp_path, monkeypatch):
     train_tokenizer(config(), photos, None, whole, COMMAND)
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "advance", lambda log: images.rename(tmp_path / "unmounted"))
-        with pytest.raises(DataError, match="gone, or not mounted"):
+        with pytest.raises(RunError, match="gone, or not mounted"):
             train_tokenizer(config(), photos, None, parts, COMMAND)
     (tmp_path / "unmounted").rename(images)
     assert [path.name for path in (parts / "checkpoints").iterdir()] == ["step-000001"]
