@@ -104,7 +104,7 @@ def test_a_place_that_is_not_ours_is_refused(parts, tmp_path):
     (tmp_path / "letters/to_mother.txt").write_text("dear")
     with pytest.raises(RunError, match="not empty and holds no tokens, but to_mother.txt") as caught:
         make(parts, tmp_path / "letters")
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 2 and os.listdir(tmp_path / "letters") == ["to_mother.txt"]
 
 
 def test_two_jobs_do_not_share_a_directory(parts, tmp_path):
