@@ -123,9 +123,10 @@ class Saver:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, KeyError, StopIteration) as err:
+            problem = (str(err) or type(err).__name__).splitlines()[0]
             raise RunError(
-                f"'{self.last_checkpoint}': its {what} do not fit this model ({str(err).splitlines()[0]}): it was made "
-                "by another version; use that one, or choose another out",
+                f"'{self.last_checkpoint}': its {what} do not fit this model ({problem}): it was made by another "
+                "version; use that one, or choose another out",
                 CHECKPOINT_UNUSABLE,
             ) from err
 
