@@ -7,6 +7,7 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def read_log(out: Path) -> list[dict]:
 @pytest.mark.parametrize("num_steps", [3, 6])
 def test_a_full_disk_while_something_is_said_costs_no_step(train, tmp_path, monkeypatch, name, num_steps):
     """Also in the last step."""
-    act = RunLog.write if name == "log.jsonl" else BadSamples.add
+    act: Any = RunLog.write if name == "log.jsonl" else BadSamples.add
 
     def fills(self, *args):
         path = tmp_path / "run" / name
