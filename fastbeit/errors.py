@@ -1,5 +1,9 @@
 """Errors for the user: each has a message and an exit code that a scheduler understands."""
 
+import contextlib
+import errno
+from collections.abc import Iterator
+
 DONE = 0
 USAGE = 2
 DATA_LIMIT = 65
@@ -16,6 +20,17 @@ class RunError(Exception):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def writing(what: str, remedy: str = "make room or mend permissions", exit_code: int = CANNOT_WRITE) -> Iterator[None]:
+    """Inside this context an `OSError` is one of writing `what`: a `RunError`, of code 74 where the disk is full."""
+    try:
+        yield
+    except OSError as err:
+        full = err.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = err.strerror or str(err)
+        raise RunError(f"{what} cannot be written: {reason}; {remedy}", CANNOT_WRITE if full else exit_code) from err
 
 
 class ConfigError(RunError):

@@ -1,5 +1,6 @@
 """A configuration from YAML and `key=value`, checked whole before the first file opens; and the other way round."""
 
+import copy
 import difflib
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Section
 from fastbeit.errors import DONE, ConfigError
+from fastbeit.files import write_whole
 
 MAX_YAML_BYTES = 1 << 20  # a config is a page; what is larger is a mistake or an attack on the parser
 
@@ -23,23 +25,32 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     return configure(Config, overrides, _read_yaml(Path(path)))
 
 
-def load_saved(model: type[S], path: Path) -> S:
+def as_saved(model: type[S], values: dict[str, Any]) -> S:
     """What `save_config` wrote, in this version or an earlier one: keys that are new since have their defaults, or
     what was done before there was the key."""
-    return configure(model, [], _read_saved(model, path))
+    return configure(model, [], _with_earlier(model, copy.deepcopy(values)))
 
 
 def saved_pipeline(model: type[S], path: Path) -> str | None:
     """`data.pipeline` alone of what `save_config` wrote, whatever is wrong with the rest; None: it is not there."""
     try:
-        data = _read_saved(model, path).get("data")
-    except (ConfigError, OSError):
+        data = _with_earlier(model, read_saved(path)).get("data")
+    except (ConfigError, OSError, ValueError, RecursionError):
         return None
     return data.get("pipeline") if isinstance(data, dict) else None
 
 
-def _read_saved(model: type[S], path: Path) -> dict[str, Any]:
-    values = _read_yaml(path)
+def read_saved(path: Path) -> dict[str, Any]:
+    """The values of a file of `save_config`.
+
+    Raises:
+        ConfigError, OSError, ValueError, RecursionError: it is not there, or damaged.
+    """
+    return _read_yaml(path)
+
+
+def _with_earlier(model: type[S], values: dict[str, Any]) -> dict[str, Any]:
+    """The same, changed in place: keys that are new since have what was done before there was the key."""
     for key, value in model.earlier.items():
         section, _, leaf = key.partition(".")
         place = values.setdefault(section, {})
@@ -106,7 +117,7 @@ def _translate(values: dict[str, Any], model: type[Section]) -> dict[str, Any]:
 
 def save_config(config: Section, path: Path) -> None:
     """Write the resolved configuration, so that the run can be read and repeated from it alone."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def _explain(problem: Any, model: type[Section]) -> str:

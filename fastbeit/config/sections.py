@@ -257,7 +257,9 @@ class LogConfig(Section):
 
     every: Count = Field(default=10, description="steps between log lines")
     save_every: int = Field(default=1000, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: Count = Field(default=3, description="checkpoints kept, newest first")
+    keep: Count = Field(
+        default=3, description="checkpoints kept, newest first, of those that verify; the one that was resumed from too"
+    )
 
 
 class PretrainLogConfig(LogConfig):

@@ -12,8 +12,8 @@ from PIL import Image
 from fastbeit.data.decode import decode, read_header
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
-from fastbeit.errors import DATA_MISSING, USAGE, BadImage, RunError
-from fastbeit.files import aside
+from fastbeit.errors import DATA_MISSING, USAGE, BadImage, RunError, writing
+from fastbeit.files import aside, make_folder, unmake
 
 FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "sporco": "data"}
 # photographs only: no drawings, no text, no masks; the two views of one motorcycle stand on one side
@@ -49,14 +49,19 @@ def gather_photos(folder: Path, source: Path | None) -> tuple[int, int]:
     note, wanted = folder / "source.txt", str(source.resolve()) if source else "installed packages"
     if not note.is_file():
         # made aside: what an interruption leaves is not taken for the whole
-        unfinished = aside(folder)
+        unfinished, made = aside(folder), make_folder(folder.parent)
         shutil.rmtree(unfinished, ignore_errors=True)
-        for part in ("train", "held_out"):
-            (unfinished / part).mkdir(parents=True)
-        for photo, target in _own(source, unfinished) if source else _packaged(unfinished):
-            photo.save(target, "JPEG", quality=95)
-        (unfinished / note.name).write_text(wanted)
-        unfinished.rename(folder)
+        try:
+            with writing(f"photos in '{folder}'"):
+                for part in ("train", "held_out"):
+                    (unfinished / part).mkdir(parents=True)
+                for photo, target in _own(source, unfinished) if source else _packaged(unfinished):
+                    photo.save(target, "JPEG", quality=95)
+                (unfinished / note.name).write_text(wanted)
+                unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unmake(made)
     elif note.read_text() != wanted:
         raise RunError(
             f"'{folder}' holds photos of {note.read_text()}, wanted those of {wanted}; choose another --out", USAGE

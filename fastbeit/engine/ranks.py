@@ -21,7 +21,7 @@ class Verdict:
     stops: bool  # somebody was asked to stop
     saves: bool  # somebody was asked to save
     bad: list[tuple[int, str]]  # images that all ranks replaced: row of the index, path and reason
-    error: RunError | None  # the first rank's that has no batch
+    error: RunError | None  # the first rank's that cannot go on
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.read import load_saved
+from fastbeit.config.read import as_saved, read_saved
 from fastbeit.config.sections import KernelsConfig
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import why_no_dali
 from fastbeit.engine.ranks import World
-from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError
+from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate, token_histogram, unigram_baseline
 from fastbeit.model.beit import Beit, make_beit, num_outputs
 from fastbeit.model.kernels import chosen_kernels
@@ -73,15 +73,16 @@ def open_run(run: Path) -> Trained:
     Raises:
         RunError: no run (2), no checkpoint (78), or its images or tokenizer are gone (66) or others by now (78).
     """
-    if not (run / "config.yaml").is_file():
+    if not (run / "config.yaml").is_file() and not (run / "checkpoints").is_dir():
         raise RunError(f"'{run}' is no run directory: it has no config.yaml", USAGE)
     checkpoint = resolve_checkpoint(run)
-    config, state = _with_a_pipeline(load_saved(Config, run / "config.yaml")), load_state(checkpoint)
+    state = load_state(checkpoint)
+    config = _with_a_pipeline(_settings_of(run, state))
     if config.objective == "tokens" and not Path(config.tokenizer.path).exists():
         raise RunError(f"the run's tokenizer '{config.tokenizer.path}' is gone", DATA_MISSING)
     world = World(rank=0, size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(config.tokenizer.path, world.device) if config.objective == "tokens" else None
-    if tokenizer and tokenizer.fingerprint != state["tokenizer"]:
+    if tokenizer and tokenizer.fingerprint != state.get("tokenizer"):
         raise RunError(
             f"'{config.tokenizer.path or bundled_path()}' is not the tokenizer that the run was trained with",
             CHECKPOINT_UNUSABLE,
@@ -91,7 +92,11 @@ def open_run(run: Path) -> Trained:
     vocab_size = tokenizer.vocab_size if tokenizer else None
     config, _ = chosen_kernels(free, num_outputs(config, vocab_size), world)
     model = make_beit(config, vocab_size)
-    model.load_state_dict(load_model(checkpoint))
+    try:
+        model.load_state_dict(load_model(checkpoint))
+    except RuntimeError as err:
+        problem = str(err).splitlines()[0]
+        raise RunError(f"'{checkpoint}' does not fit the run's model: {problem}", CHECKPOINT_UNUSABLE) from err
     return Trained(
         config=config,
         world=world,
@@ -102,6 +107,16 @@ def open_run(run: Path) -> Trained:
         index=open_index(Path(config.data.index)),
         val_index=open_index(Path(config.data.val_index)) if config.data.val_index else None,
     )
+
+
+def _settings_of(run: Path, state: dict[str, Any]) -> Config:
+    """Those of `config.yaml`, or of the checkpoint where that cannot be read."""
+    try:
+        values = read_saved(run / "config.yaml")
+    except (ConfigError, OSError, ValueError, RecursionError) as err:
+        print(f"config.yaml cannot be read ({err}): settings are taken from the checkpoint", file=sys.stderr)
+        values = state.get("config", {})
+    return as_saved(Config, values)
 
 
 def _with_a_pipeline(config: Config) -> Config:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastbeit import masking
 from fastbeit.evaluate.finished_run import Figures, Trained
 from fastbeit.evaluate.masked import batches_of, held_out_seed
+from fastbeit.files import aside, put_in_place
 from fastbeit.tokenizer.source import visual_tokens
 from fastbeit_kernels.masked_embed import patchify
 
@@ -145,6 +146,10 @@ def _plot(axis: Any, title: str, training: list[dict], key: str, held_out: list[
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        figure.savefig(aside(path), dpi=110, format="png")
+        put_in_place(path)
+    finally:
+        plt.close(figure)
+        aside(path).unlink(missing_ok=True)
     return path

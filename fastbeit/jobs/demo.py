@@ -14,8 +14,9 @@ from pathlib import Path
 
 from fastbeit.config.read import load_config
 from fastbeit.data.demo_photos import gather_photos
-from fastbeit.errors import DONE
+from fastbeit.errors import DONE, writing
 from fastbeit.evaluate.finished_run import Figures
+from fastbeit.files import write_whole
 from fastbeit.jobs.index import index
 from fastbeit.jobs.pretrain import pretrain
 from fastbeit.jobs.report import report
@@ -48,7 +49,8 @@ def run_demo(out: Path, source: Path | None, overrides: list[str], num_crops: in
     figures = Figures(**json.loads((out / "run/report/report.json").read_text())["figures"])
     seconds = round(time.monotonic() - began)
     result = {"photos": num_train, "held_out_photos": num_held_out, "seconds": seconds, **asdict(figures)}
-    (out / "result.json").write_text(json.dumps(result, indent=1))
+    with writing(f"'{out / 'result.json'}'"):
+        write_whole(out / "result.json", json.dumps(result, indent=1))
     print(f"\n{_say_what_was_learnt(figures, num_train)}\nlook at {out / 'report.html'}  ({seconds} s)")
     return DONE
 

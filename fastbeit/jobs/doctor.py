@@ -8,7 +8,8 @@ import torch
 
 from fastbeit.config.pretrain import Config
 from fastbeit.engine.ranks import device_of
-from fastbeit.errors import CANNOT_CREATE, DONE, ConfigError, RunError, TokenizerError
+from fastbeit.errors import CANNOT_CREATE, DONE, ConfigError, RunError, TokenizerError, writing
+from fastbeit.files import write_whole
 from fastbeit.health.apart import look_at_all, names_of
 from fastbeit.health.cards import cards
 from fastbeit.health.finding import Finding
@@ -107,7 +108,5 @@ def _short(text: str) -> str:
 
 
 def _write(output: Path, found: list[Finding]) -> None:
-    try:
-        output.write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
-    except OSError as err:
-        raise RunError(f"--json: '{output}' cannot be written: {err}", CANNOT_CREATE) from None
+    with writing(f"--json: '{output}'", "choose another file", CANNOT_CREATE):
+        write_whole(output, json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")

@@ -6,13 +6,12 @@ import math
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from fastbeit.errors import DONE, USAGE, RunError
+from fastbeit.errors import DONE, USAGE, RunError, writing
 from fastbeit.evaluate.finished_run import Figures, Trained, measure, open_run
-from fastbeit.files import aside, put_in_place
+from fastbeit.files import read_records, try_to_write, write_whole
 
 
 def report(run_folder: Path, page: Path | None, num_crops: int) -> int:
@@ -30,32 +29,31 @@ def write_report(run_folder: Path, page: Path | None, num_crops: int) -> tuple[P
         num_crops: crops that each figure is measured on.
 
     Raises:
-        RunError: as `open_run`; matplotlib is missing (2).
+        RunError: as `open_run`; matplotlib is missing (2); the page or a file of RUN/report cannot be written (74).
     """
     try:
         from fastbeit.evaluate import pictures
     except ImportError as err:
         raise RunError(f"the report wants matplotlib ({err}); pip install 'fastbeit[demo]'", USAGE) from None
     page = page or run_folder / "report.html"
-    run = open_run(run_folder)
+    run, folder = open_run(run_folder), run_folder / "report"
+    with writing(f"the report of '{run_folder}'"):
+        # not to find out after it was measured
+        for path in page, folder / "report.json":
+            try_to_write(path)
     figures = measure(run, num_crops)
-    folder = run_folder / "report"
-    folder.mkdir(exist_ok=True)
-    images = {
-        "predictions": pictures.draw_predictions(run, folder / "predictions.png"),
-        "curves": pictures.draw_curves(_read_log(run_folder / "log.jsonl"), figures, folder / "curves.png"),
-    }
+    # the last line may still be on its way
+    lines, _ = read_records(run_folder / "log.jsonl")
     facts = {"step": run.state["step"], "crops": num_crops, "figures": asdict(figures)}
-    (folder / "report.json").write_text(json.dumps(facts, indent=1))
-    aside(page).write_text(_page(run_folder, run, figures, num_crops, images))
-    put_in_place(page)
+    with writing(f"the report of '{run_folder}'"):
+        folder.mkdir(exist_ok=True)
+        images = {
+            "predictions": pictures.draw_predictions(run, folder / "predictions.png"),
+            "curves": pictures.draw_curves(lines, figures, folder / "curves.png"),
+        }
+        write_whole(folder / "report.json", json.dumps(facts, indent=1))
+        write_whole(page, _page(run_folder, run, figures, num_crops, images))
     return page, figures
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole: the last one may still be on its way."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 STYLE = """
@@ -80,7 +78,7 @@ def _page(run_folder: Path, run: Trained, figures: Figures, num_crops: int, imag
         for name, held_out, train in table(figures)
     )
     asked = "held-out images" if figures.held_out else "training images (none were held out)"
-    versions = ", ".join(f"{name} {version}" for name, version in run.state["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in run.state.get("versions", {}).items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>fastbeit: {escape(run_folder.name)}</title><style>{STYLE}</style></head><body>

@@ -40,8 +40,9 @@ from fastbeit.errors import (
     DataError,
     RunError,
     WorkerError,
+    writing,
 )
-from fastbeit.files import aside, put_in_place
+from fastbeit.files import aside, put_in_place, write_whole
 from fastbeit.train.rundir import hold
 from fastbeit.train.stop import Stop, StopWanted
 
@@ -167,7 +168,8 @@ def _index_of(source: Path, out: Path) -> Index:
     if not (out / SCANNED).exists():
         summary = build_index(source, out / SCANNED)
         print(summary)
-        (out / SKIPPED).write_text("".join(f"{path!r}: {reason}\n" for path, reason in summary.skipped))
+        with writing(f"'{out / SKIPPED}'"):
+            write_whole(out / SKIPPED, "".join(f"{path!r}: {reason}\n" for path, reason in summary.skipped))
     return open_index(out / SCANNED)
 
 
@@ -327,8 +329,7 @@ def label_name(index: Index, label: int) -> str | int:
 
 def _save(out: Path, card: Shards, *made: Shard) -> Shards:
     card = card.model_copy(update={"shards": [*card.shards, *made]})
-    aside(out / CARD).write_text(card.model_dump_json(indent=1) + "\n")
-    put_in_place(out / CARD)
+    write_whole(out / CARD, card.model_dump_json(indent=1) + "\n")
     return card
 
 
@@ -338,8 +339,7 @@ def _finish(out: Path, card: Shards) -> None:
         raise DataError(f"none of the {len(bad)} images is valid, such as {bad[0][0]}: {bad[0][1]}", DATA_MISSING)
     if bad:
         # repr, since a name may hold anything
-        aside(out / BAD).write_text("".join(f"{name!r}: {reason}\n" for name, reason in bad))
-        put_in_place(out / BAD)
+        write_whole(out / BAD, "".join(f"{name!r}: {reason}\n" for name, reason in bad))
     (out / SCANNED).unlink(missing_ok=True)
 
 

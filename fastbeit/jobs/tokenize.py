@@ -112,6 +112,8 @@ def _tokenize(config: Config, index: Index, chosen: Chosen, writer: CacheWriter,
             bad = world.gather(made[1] if made else [])
             if world.rank == 0:
                 bad_samples.add(bad)
+                if bad_samples.error:
+                    raise bad_samples.error
             if world.sum([stop.wanted])[0]:
                 break
 

@@ -18,8 +18,8 @@ from fastbeit.data.loader import make_loader
 from fastbeit.data.to_device import on_device
 from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.ranks import World, start_world
-from fastbeit.errors import DONE, PREEMPTED
-from fastbeit.tokenizer.disk import save_tokenizer
+from fastbeit.errors import DONE, PREEMPTED, TokenizerError
+from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.tokenizer.quality import Quality, WordUsage, measure_quality
 from fastbeit.tokenizer.training.kmeans_start import solve_both_ends
@@ -70,7 +70,7 @@ def train_tokenizer(
 
 def _finish(task: "DvaeTraining", outcome: Outcome, out: Path, command: list[str]) -> None:
     """The tokenizer of the averaged weights, and its card."""
-    is_new = outcome.num_steps_taken or not (out / "dvae.json").exists()
+    is_new = outcome.num_steps_taken or not _is_whole(out)
     if is_new:
         assert isinstance(outcome.model, DvaeTrainer)
         origin = {
@@ -83,6 +83,14 @@ def _finish(task: "DvaeTraining", outcome: Outcome, out: Path, command: list[str
         }
         save_tokenizer(out, outcome.model.encoder, outcome.model.decoder, origin)
     print(f"tokenizer: {out}{'' if is_new else ' (was finished before)'}")
+
+
+def _is_whole(out: Path) -> bool:
+    """Whether a tokenizer was written before; a kill can have come between its two files."""
+    try:
+        return bool(load_tokenizer(out))
+    except TokenizerError:
+        return False
 
 
 class DvaeTraining:

@@ -5,24 +5,32 @@ name), `state.json`, and a MANIFEST with each file's size and sha256. It is writ
 and renamed. Nothing in it is a pickle.
 """
 
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
+from fastbeit.config.read import as_saved
 from fastbeit.engine.protocol import Engine
 from fastbeit.engine.ranks import World
-from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, RunError
-from fastbeit.files import sha256, share, sync
+from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, ConfigError, RunError
+from fastbeit.files import UNFINISHED, do_without, move_folder, sha256, share, sync
 from fastbeit.train.ema import PREFIX, Average
+from fastbeit.train.settings import Changes, changes, compared, fixed, in_words
 
 MANIFEST = "MANIFEST.json"
 VERSION = 1  # of this layout
+FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 class Saver:
@@ -30,56 +38,103 @@ class Saver:
 
     Args:
         origin: what the training is made from, by name; a checkpoint of another origin is refused.
+        config: the training's settings, a `Section`; a checkpoint made with others that decide what is computed is
+            refused.
 
     Raises:
-        RunError: there are checkpoints and none is usable, or they are of another origin (exit code 78).
+        RunError: there are checkpoints and none is usable, or they are of another training (exit code 78).
     """
 
-    def __init__(self, folder: Path, origin: dict[str, Any], keep: int, world: World) -> None:
-        self.folder, self.origin, self.keep, self.world = folder, origin, keep, world
+    def __init__(self, folder: Path, origin: dict[str, Any], config: Any, num_steps: int, world: World) -> None:
+        self.folder, self.origin, self.config, self.keep, self.world = folder, origin, config, config.log.keep, world
         self.last_checkpoint, self.problems = find_checkpoint(folder)
-        state: dict[str, Any] = load_state(self.last_checkpoint) if self.last_checkpoint else {}
-        for name, fingerprint in origin.items() if state else ():
-            if state.get(name) != fingerprint:
-                raise RunError(
-                    f"'{self.last_checkpoint}' was made with another {name} (fingerprint {state.get(name)}, now "
-                    f"{fingerprint}); go back to that {name}, or choose another out",
-                    CHECKPOINT_UNUSABLE,
-                )
-        self.first_step = self.last_step = state.get("step", 0)
-        self.seconds_before: float = state.get("seconds", 0.0)
-        self.fit: dict[str, Any] | None = state.get("fit")  # of micro-batches to memory; None: auto chose nothing
+        self._state: dict[str, Any] = load_state(self.last_checkpoint) if self.last_checkpoint else {}
+        self._changes: Changes = self._compare(num_steps) if self.last_checkpoint else {}
+        self.first_step = self.last_step = self._state.get("step", 0)
+        self.seconds_before: float = self._state.get("seconds", 0.0)
+        self.fit: dict[str, Any] | None = self._state.get("fit")  # of micro-batches; None: auto chose nothing
         self._weights = load_model(self.last_checkpoint) if self.last_checkpoint else {}
+        # known to verify; the first stays while this training lasts
+        self._good: set[Path] = {self.last_checkpoint} if self.last_checkpoint else set()
+        self._resumed = self._good.copy()
 
     def load_weights(self, model: nn.Module) -> None:
         """Load the last checkpoint's weights, if there is one; the next two do so with average and moments."""
         if self.last_checkpoint:
             own = {name: tensor for name, tensor in self._weights.items() if not name.startswith(PREFIX)}
-            model.load_state_dict(own)
+            with self._fitting("weights"):
+                model.load_state_dict(own)
 
     def load_average(self, average: Average) -> None:
         if self.last_checkpoint:
-            average.load(self._weights)
+            with self._fitting("averaged weights"):
+                average.load(self._weights)
         self._weights = {}
 
     def load_moments(self, engine: Engine) -> None:
         if self.last_checkpoint:
-            engine.load_optimizer_state(load_optimizer(self.last_checkpoint))
+            with self._fitting("moments"):
+                engine.load_optimizer_state(load_optimizer(self.last_checkpoint))
+
+    def changes(self, ran: dict[str, Any]) -> Changes:
+        """What is another than when the checkpoint was made: settings, and what of `ran` was saved with it."""
+        return self._changes | compared(self._state.get("versions", {}) | self._state.get("ran", {}), ran)
 
     def save(self, step: int, engine: Engine, model: nn.Module, average: Average, known: dict[str, Any]) -> None:
         """Write a checkpoint of this step; all ranks must call it."""
         moments = engine.optimizer_state()
         if self.world.rank == 0:
             weights = model.state_dict() | average.weights()
-            save_checkpoint(self.folder, step, weights, moments, {**self.origin, **known}, self.keep)
+            state = {**self.origin, "config": self.config.model_dump(mode="json"), **known}
+            written = save_checkpoint(self.folder, step, weights, moments, state)
+            self._good.add(written)
+            prune(self.folder, self.keep, self._good, {written, *self._resumed})
         self.world.barrier()
         self.last_checkpoint, self.last_step = self.folder / f"step-{step:06d}", step
 
+    def _compare(self, num_steps: int) -> Changes:
+        state, path = self._state, self.last_checkpoint
+        for name, fingerprint in self.origin.items():
+            if state.get(name) != fingerprint:
+                raise RunError(
+                    f"'{path}' was made with another {name} (fingerprint {state.get(name)}, now "
+                    f"{fingerprint}); go back to that {name}, or choose another out",
+                    CHECKPOINT_UNUSABLE,
+                )
+        remedy = "remove that folder if it does not belong there, or choose another out"
+        settings = state.get("config")
+        try:
+            found = changes(as_saved(type(self.config), settings if isinstance(settings, dict) else {}), self.config)
+        except ConfigError as err:
+            raise RunError(f"'{path}' was made with other settings: {err}; {remedy}", CHECKPOINT_UNUSABLE) from err
+        if wrong := fixed(found):
+            raise RunError(f"'{path}' was made with other settings: {in_words(wrong)}; {remedy}", CHECKPOINT_UNUSABLE)
+        if state["step"] > num_steps:
+            raise RunError(
+                f"'{path}' is of step {state['step']}, but this training has {num_steps}; {remedy}", CHECKPOINT_UNUSABLE
+            )
+        return found
+
+    @contextlib.contextmanager
+    def _fitting(self, what: str) -> Iterator[None]:
+        """An error in this context is one of a checkpoint that does not fit the model."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, KeyError, StopIteration) as err:
+            problem = (str(err) or type(err).__name__).splitlines()[0]
+            raise RunError(
+                f"'{self.last_checkpoint}': its {what} do not fit this model ({problem}): it was made by another "
+                "version; use that one, or choose another out",
+                CHECKPOINT_UNUSABLE,
+            ) from err
+
 
 def save_checkpoint(
-    folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
+    folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
 ) -> Path:
-    """Write `folder/step-XXXXXX` whole or not at all, then drop all but the newest `keep`.
+    """Write `folder/step-XXXXXX` whole or not at all.
 
     Raises:
         RunError: the disk is full or not writable (exit code 74); what was there before stays.
@@ -98,15 +153,12 @@ def save_checkpoint(
             share(path)
             sync(path)
         sync(aside)
-        if final.exists():
-            # the same step again: after a resume from an older checkpoint, when this one did not verify
-            shutil.rmtree(final)
-        aside.rename(final)
-        sync(folder)
+        # the same step again: after a resume from an older checkpoint, when this one did not verify
+        _remove(final)
+        move_folder(aside, final)
     except (OSError, SafetensorError) as err:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"checkpoint of step {step} cannot be written to '{folder}': {err}", CANNOT_WRITE) from err
-    _prune(folder, keep)
     return final
 
 
@@ -117,7 +169,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         RunError: there are checkpoints and none is usable (exit code 78).
     """
     problems = []
-    candidates = _newest_first(folder)
+    candidates = newest_first(folder)
     for candidate in candidates:
         problem = _find_damage(candidate)
         if problem is None:
@@ -150,42 +202,83 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
-    return load_file(path / "model.safetensors")
+    return _load(path / "model.safetensors")
 
 
 def load_optimizer(path: Path) -> dict[str, Tensor]:
-    return load_file(path / "optimizer.safetensors")
+    return _load(path / "optimizer.safetensors")
 
 
 def load_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except OSError as err:
+        # the library says the number in words alone
+        if f"os error {errno.ENODEV}" not in str(err):
+            raise
+        do_without(path, "memory-mapped files", err, "checkpoints are read as a whole, which takes twice the memory")
+        return load(path.read_bytes())
+
+
 def _find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["version"] != VERSION:
+        if type(manifest["version"]) is not int or manifest["version"] != VERSION:
             return f"it is of version {manifest['version']}, this fastbeit reads version {VERSION}"
         files = manifest["files"]
         for name, wanted in files.items():
+            if name not in FILES:
+                return f"the manifest names '{name}', which is no file of a checkpoint"
             if (size := (path / name).stat().st_size) != wanted["bytes"]:
                 return f"{name} has {size} bytes, the manifest says {wanted['bytes']}"
             if sha256(path / name) != wanted["sha256"]:
                 return f"{name} is not what was written (sha256 differs)"
-        missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - set(files)
-        return f"{sorted(missing)} not in the manifest" if missing else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        return f"manifest or file unreadable ({err})"
+        if missing := FILES - set(files):
+            return f"{sorted(missing)} not in the manifest"
+        step, wanted = load_state(path)["step"], path.name.removeprefix("step-")
+        if type(step) is not int or step != int(wanted):
+            return f"state.json says step {step}, which is not that of its name"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        return f"manifest or file unreadable ({type(err).__name__}: {err})"
+    return None
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for old in _newest_first(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    for left in folder.glob(".tmp-step-*"):
+def prune(folder: Path, keep: int, good: set[Path], stay: set[Path]) -> None:
+    """Drop what is older than the newest `keep` that verify.
+
+    Args:
+        good: those known to verify; others are looked at, and added if they do.
+        stay: not dropped, whatever is newer.
+    """
+    num_good, unfinished = 0, [mark.parent for mark in folder.glob(f"step-*/{UNFINISHED}")]
+    for path in newest_first(folder):
+        if num_good == keep:
+            if path not in stay:
+                _remove(path)
+        elif path in good or _find_damage(path) is None:
+            good.add(path)
+            num_good += 1
+    for left in [*folder.glob(".tmp-step-*"), *unfinished]:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    steps = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+def _remove(path: Path) -> None:
+    """At once, as far as names go: a kill in the middle must not leave a half that is taken for damage."""
+    gone = path.with_name(f".tmp-{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.rename(gone)
+    for left in path, gone:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, good and bad, but not those that are being moved there."""
+    steps = [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    steps = [path for path in steps if not (path / UNFINISHED).exists()]
     return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)

@@ -7,6 +7,7 @@ import contextlib
 import math
 import platform
 import shlex
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -20,15 +21,18 @@ import fastbeit
 from fastbeit.config.sections import EngineConfig, LogConfig, OptimConfig
 from fastbeit.data.batch import Batch
 from fastbeit.engine.fitting import Rehearsal, fitting_accumulate, out_of_memory_in_one_line
-from fastbeit.engine.protocol import make_engine
+from fastbeit.engine.protocol import compute_dtype, make_engine
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DONE, PREEMPTED, ConfigError, RunError
+from fastbeit.files import aside, put_in_place
 from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.checkpoint import Saver
 from fastbeit.train.ema import Average
 from fastbeit.train.log import RunLog
 from fastbeit.train.meter import Meter
 from fastbeit.train.optim import learning_rate, make_optimizer, set_learning_rate
+from fastbeit.train.rundir import keep_config
+from fastbeit.train.settings import in_words
 from fastbeit.train.stop import Stop, StopWanted
 
 MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a training is stopped
@@ -134,7 +138,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     # 3. their average
     # 4. micro-batches, before the engine that counts them, and the moments, which the engine spreads over its ranks
     # 5. the step: order, crops, masks, noise, drop path and learning rate are functions of it
-    saver = Saver(out / "checkpoints", task.origin, config.log.keep, world)
+    saver = Saver(out / "checkpoints", task.origin, config, task.num_steps, world)
     torch.manual_seed(config.seed)
     model = task.make_model()
     saver.load_weights(model)
@@ -153,10 +157,12 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     saver.load_moments(engine)
     first_step = step = saver.first_step
     began -= saver.seconds_before
+    activations = str(compute_dtype(config.engine, world.device)).removeprefix("torch.")
+    ran = {"ranks": world.size, "device": world.device.type, "activations": activations}
+    ran["micro_batches"] = fit.accumulate
 
     def save() -> None:
-        known = {"config": config.model_dump(mode="json"), "versions": _versions()}
-        known |= {"seconds": time.monotonic() - began, "fit": fit.kept}
+        known = {"ran": ran, "versions": _versions(), "seconds": time.monotonic() - began, "fit": fit.kept}
         saver.save(step, engine, model, average, known)
 
     def say() -> None:
@@ -166,7 +172,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
 
     def next_batch() -> Batch | None:
         try:
-            return feed.next()
+            return feed.next(log.error or bad_samples.error)
         except RunError as err:
             # on all ranks in this step: no step that was taken is lost
             if step > saver.last_step:
@@ -174,7 +180,10 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             raise RunError(f"{err}; last checkpoint: {saver.last_checkpoint or 'none'}", err.exit_code) from None
 
     meter = Meter(world, optim.batch_size, task.flops_per_image)
-    bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0)
+    if world.rank == 0:
+        # every check has passed: from here on there are traces of this start
+        keep_config(out, config)
+    bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0, anew=step == 0)
     with (
         out_of_memory_in_one_line(fit.remedy),
         contextlib.closing(task.batches(step)) as batches,
@@ -184,6 +193,11 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
         feed = Feed(batches, world, stop, bad_samples, meter)
         for problem in saver.problems:
             log.say(f"checkpoint passed over: {problem}")
+        for problem in filter(None, (log.problem, bad_samples.problem)):
+            log.say(problem)
+        if changes := saver.changes(ran | _versions()):
+            log.say(f"other than in the part up to step {step}: {in_words(changes)}")
+            log.write({"step": step, "event": "resume", "changes": changes})
         task.greet(log, model)
         if fit.line:
             log.say(fit.line)
@@ -230,6 +244,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             how = f"at step {step} of {task.num_steps}, saved" if step else "before the first step"
             log.say(f"stopped {how}; to go on: {shlex.join(command)}")
 
+    if error := log.error or bad_samples.error:
+        raise error
     code = DONE if is_done else PREEMPTED
     kept = average.model or model
     return Outcome(code, saver.last_checkpoint, kept, time.monotonic() - began, step - first_step)
@@ -248,15 +264,18 @@ class Feed:
         self._meter = meter
         self.save_wanted = False  # by somebody, when the last batch was asked for
 
-    def next(self) -> Batch | None:
+    def next(self, error: RunError | None = None) -> Batch | None:
         """This rank's batch of the next step; None: somebody was asked to stop.
 
+        Args:
+            error: why this rank cannot go on.
+
         Raises:
-            RunError: a rank has no data (66), too many images are bad (65), a data worker died: whatever it is, on all
-                ranks in the same step.
+            RunError: a rank cannot go on, has no data (66), too many images are bad (65), a data worker died: whatever it
+                is, on all ranks in the same step.
         """
         began = time.perf_counter()
-        batch, error = self._fetch()
+        batch, error = (None, error) if error else self._fetch()
         self._meter.waited(time.perf_counter() - began)
         now = self._world.agree(
             stop=self._stop.wanted, save=self._stop.save_wanted, bad=batch.bad if batch else [], error=error
@@ -348,9 +367,18 @@ def _profiler(config: TaskConfig, out: Path, world: World):
         # there is but one cycle; otherwise PyTorch 2.11 warns, and crashes where a warning is an error
         acc_events=True,
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(out / "profile.json")),
+        on_trace_ready=lambda profiler: _keep_trace(profiler, out / "profile.json"),
     ) as profiler:
         yield profiler
+
+
+def _keep_trace(profiler: torch.profiler.profile, path: Path) -> None:
+    """An extra, which does not end a training."""
+    try:
+        profiler.export_chrome_trace(str(aside(path)))
+        put_in_place(path)
+    except (OSError, RuntimeError) as err:
+        print(f"no profile: '{path}': {err}", file=sys.stderr)
 
 
 def _versions() -> dict[str, str]:

@@ -1,73 +1,83 @@
-"""The run directory: its `config.yaml`, its lock, and whether it holds this run."""
+"""The run directory: its lock, whether it holds this run, and its `config.yaml`."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from fastbeit.config.read import load_saved, save_config
+from fastbeit.config.read import as_saved, read_saved, save_config
 from fastbeit.config.sections import Section
-from fastbeit.errors import CANNOT_CREATE, USAGE, ConfigError, RunError
+from fastbeit.errors import CANNOT_CREATE, USAGE, ConfigError, RunError, writing
+from fastbeit.files import UNKNOWN, do_without, make_folder, try_out, unmake
+from fastbeit.train.checkpoint import newest_first
+from fastbeit.train.settings import changes, fixed, in_words
 
 if sys.platform != "win32":
     import fcntl
 
-# what may differ between the parts of one run: who runs it and what it says, not what it computes
-FREE_SECTIONS = ("out", "engine", "log", "profile")
-FREE_FIELDS = {
-    "data": ("index", "val_index", "tokens", "num_workers"),
-    "optim": ("accumulate",),
-    "tokenizer": ("path",),
-}
+# what a training that has saved nothing can have left; `checkpoints` may be an empty folder
+BEFORE_A_CHECKPOINT = ("config.yaml", "log.jsonl", "bad_samples.jsonl", "tensorboard", "checkpoints", "profile.json")
 
 
 @contextlib.contextmanager
 def claim(out: Path, config: Section) -> Iterator[None]:
     """Make `out` this run's directory, or take it up again; while the context lasts no other process can.
 
+    Nothing in it is written yet; `keep_config` does so, when every check has passed.
+
     Raises:
-        RunError: `out` is not writable (73), holds something else or another run, or is in use (2).
+        RunError: `out` is not writable (73), holds something else or another run, or is in use (2); the disk is full
+            (74).
     """
-    try:
-        if out.is_dir() and not (out / "config.yaml").exists() and any(path.name != ".lock" for path in out.iterdir()):
-            raise RunError(f"out '{out}' is not empty and holds no fastbeit run; choose another out", USAGE)
-    except OSError as err:
-        raise RunError(f"out '{out}' cannot be read: {err.strerror}; choose another out", CANNOT_CREATE) from err
+    with writing(f"out '{out}'", "choose another out", CANNOT_CREATE):
+        _refuse_something_else(out)
     with hold(out, "out"):
-        if (out / "config.yaml").exists():
-            _refuse_another_run(out, config)
-        else:
-            save_config(config, out / "config.yaml")
+        _refuse_another_run(out, config)
         yield
+
+
+def keep_config(out: Path, config: Any) -> None:
+    """Write the settings that are now in force; those of earlier parts of the run stay in its log and checkpoints.
+
+    Raises:
+        RunError: it cannot be written (74).
+    """
+    with writing(f"'{out / 'config.yaml'}'"):
+        save_config(config, out / "config.yaml")
 
 
 @contextlib.contextmanager
 def hold(folder: Path, key: str) -> Iterator[None]:
     """Make a directory that is to be written; while the context lasts no other process can hold it.
 
+    What writing takes is tried out. Where the context ends with an error, what was made here goes, if it is empty.
+
     Args:
         key: of the configuration, where the user chose the directory.
 
     Raises:
-        RunError: it is not writable (73) or in use (2).
+        RunError: it is not writable (73), in use (2), or the disk is full (74).
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as err:
-        raise RunError(
-            f"{key} '{folder}' cannot be written: {err.strerror}; choose another {key}", CANNOT_CREATE
-        ) from err
-    with lock:
-        # held until the file is closed or the process dies
-        _lock(lock, folder, key)
+    with contextlib.ExitStack() as undo:
+        with writing(f"{key} '{folder}'", f"choose another {key}", CANNOT_CREATE):
+            undo.callback(unmake, make_folder(folder))
+            lock, is_new = _open_lock(folder / ".lock")
+            undo.enter_context(lock)
+            if is_new:
+                undo.callback(_remove, folder / ".lock")
+            # held until the file is closed or the process dies
+            _lock(lock, folder, key)
+            try_out(folder)
         _held.append(lock)
         try:
             yield
         finally:
             _held.remove(lock)
+        undo.pop_all()
+        lock.close()
 
 
 _held: list[IO[str]] = []
@@ -83,46 +93,74 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
+def _open_lock(path: Path) -> tuple[IO[str], bool]:
+    """The file, and whether it was not there."""
+    try:
+        return path.open("x"), True
+    except FileExistsError:
+        return path.open("a"), False
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def _lock(file: IO[str], folder: Path, key: str) -> None:
     if sys.platform == "win32":
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # a start that was refused takes its lock away
+        is_taken = not (folder / ".lock").exists()
     except OSError as err:
-        raise RunError(
-            f"{key} '{folder}' is in use by another run; wait for it or choose another {key}", USAGE
-        ) from err
+        is_taken = err.errno in (errno.EWOULDBLOCK, errno.EACCES)
+        if not is_taken and err.errno not in UNKNOWN | {errno.ENOLCK}:
+            raise
+        if not is_taken:
+            do_without(folder / ".lock", "locks", err, "two runs in one directory would not notice each other")
+    if is_taken:
+        raise RunError(f"{key} '{folder}' is in use by another run; wait for it or choose another {key}", USAGE)
+
+
+def _refuse_something_else(out: Path) -> None:
+    if out.is_dir() and not (out / "config.yaml").exists() and not newest_first(out / "checkpoints"):
+        others = _others(out)
+        if others:
+            raise RunError(
+                f"out '{out}' is not empty and holds no fastbeit run, but {others[0]}; choose another out", USAGE
+            )
+
+
+def _others(out: Path) -> list[str]:
+    """What else than the beginnings of a training there is."""
+    names = sorted(path.name for path in out.iterdir() if path.suffix not in (".part", ".old"))
+    return [name for name in names if name != ".lock" and name not in BEFORE_A_CHECKPOINT]
 
 
 def _refuse_another_run(out: Path, config: Section) -> None:
+    path, is_begun = out / "config.yaml", bool(newest_first(out / "checkpoints"))
     try:
-        old = load_saved(type(config), out / "config.yaml")
+        values = read_saved(path)
+    except (ConfigError, OSError, ValueError, RecursionError) as err:
+        if not is_begun and (others := _others(out)):
+            raise RunError(
+                f"out '{out}' holds no fastbeit run, but {others[0]} and a config.yaml that cannot be read ({err}); "
+                "choose another out",
+                USAGE,
+            ) from err
+        if is_begun or path.exists():
+            print(f"'{path}' cannot be read ({err}): it is written anew, and checkpoints are compared", file=sys.stderr)
+        return
+    try:
+        old = as_saved(type(config), values)
     except ConfigError as err:
         raise RunError(
             f"out '{out}' holds another run, whose config.yaml does not fit this one: {err}; choose another out", USAGE
         ) from err
-    changes = [f"{key} was {was}, now {now}" for key, was, now in _differences(old, config)]
-    if changes:
+    found = fixed(changes(old, config))
+    # where nothing of the run would be lost, settings may be corrected
+    if found and (is_begun or _others(out)):
         raise RunError(
-            f"out '{out}' holds another run: {'; '.join(changes)}. Choose another out, or that run's settings",
-            USAGE,
+            f"out '{out}' holds another run: {in_words(found)}. Choose another out, or that run's settings", USAGE
         )
-
-
-def _differences(old: Section, new: Section) -> list[tuple[str, Any, Any]]:
-    """Key, old and new value, of what decides what a run computes."""
-    before, after = _flat(old), _flat(new)
-    return [(key, before[key], now) for key, now in after.items() if before[key] != now and not _is_free(key)]
-
-
-def _flat(config: Section) -> dict[str, Any]:
-    """Values by dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in config.model_dump(mode="json").items():
-        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return found
-
-
-def _is_free(key: str) -> bool:
-    section, _, field = key.partition(".")
-    return section in FREE_SECTIONS or field in FREE_FIELDS.get(section, ())

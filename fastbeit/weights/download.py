@@ -187,7 +187,7 @@ def _name_of(response: HTTPResponse | HTTPError) -> str:
 def _kept(part: Path) -> tuple[int, str]:
     """How many bytes are there, and what they are of; none, where nobody can say."""
     file = _etag_file(part)
-    etag = file.read_text() if file.is_file() and part.is_file() else ""
+    etag = file.read_text(errors="replace") if file.is_file() and part.is_file() else ""
     return (part.stat().st_size, etag) if etag else (0, "")
 
 

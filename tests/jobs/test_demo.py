@@ -95,8 +95,8 @@ def test_an_interrupted_copy_is_made_again(tmp_path):
 def test_too_few_photos_are_an_error(tmp_path, num_photos, message):
     source = make_photos(tmp_path / "mine", num_photos)
     with pytest.raises(RunError, match=message) as caught:
-        gather_photos(tmp_path / "out", source)
-    assert caught.value.exit_code == 66
+        gather_photos(tmp_path / "deep/out", source)
+    assert caught.value.exit_code == 66 and not (tmp_path / "deep").exists()
     # and nothing is left that a second start would take for photos
     with pytest.raises(RunError, match=message):
         gather_photos(tmp_path / "out", source)

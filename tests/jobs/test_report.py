@@ -1,8 +1,10 @@
 """The page of a run: what it shows is what the run did, and it needs nothing but itself."""
 
 import base64
+import errno
 import io
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,6 +27,7 @@ from fastbeit.jobs.pretrain import pretrain
 from fastbeit.jobs.report import verdict, write_report
 from fastbeit.tokenizer.disk import save_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder
+from helpers.faults import refuse
 from helpers.tiny import make_parts, make_photos, make_tokenizer, write_config
 
 
@@ -219,3 +222,37 @@ def test_the_baseline_is_the_smoothed_cross_entropy():
 def test_a_model_that_learnt_nothing_is_called_so():
     figures = Figures(True, 4.2, 0.01, 4.1, 3.9, 50, 64, 4.0, 0.02, 4.1)
     assert "has learnt nothing of use" in verdict(figures)
+
+
+@pytest.mark.parametrize("place", ["the folder of pictures", "the page", "the page's folder"])
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(make_run, tmp_path, monkeypatch, place):
+    run, page = (
+        shutil.copytree(make_run("alone", "optim.steps=1", "data.val_index="), tmp_path / "run"),
+        tmp_path / "page",
+    )
+    shutil.rmtree(run / "report", ignore_errors=True)
+    if place == "the page":
+        page.mkdir()
+    else:
+        (run / "report" if "pictures" in place else page).write_text("a file where a folder should be")
+        page = page / "page.html" if "page" in place else page
+    monkeypatch.setattr("fastbeit.jobs.report.measure", lambda *_: pytest.fail("measured"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunError, match="the report of '.*run' cannot be written") as caught:
+        write_report(run, page, 12)
+    assert caught.value.exit_code == 74 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(make_run, tmp_path, monkeypatch):
+    run = shutil.copytree(make_run("alone", "optim.steps=1", "data.val_index="), tmp_path / "run")
+    # what a kill and a power cut leave does not matter either
+    (run / "config.yaml").write_bytes(b"")
+    with (run / "log.jsonl").open("ab") as log:
+        log.write(b"\0\0\n\xff\n[]\n")
+    _, figures = write_report(run, None, 12)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refuse(monkeypatch, os.fsync, errno.ENOSPC)
+    with pytest.raises(RunError, match="No space left") as caught:
+        write_report(run, None, 24)
+    assert caught.value.exit_code == 74 and figures.loss > 0
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

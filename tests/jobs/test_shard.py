@@ -320,8 +320,12 @@ def test_what_does_not_fit_is_refused(many, whole, tmp_path, capsys):
     folder_of(tmp_path / "full", {"notes.txt": b"mine"})
     assert shards_of(many, tmp_path / "full") == 2
     assert "is not empty and holds no shards, but notes.txt" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "full") == ["notes.txt"]
     with pytest.raises(SystemExit):
         shards_of(many, tmp_path / "none", "--max-side", "0")
+    assert shards_of(tmp_path / "nowhere", tmp_path / "none/shards") == 66
+    assert shards_of(tmp_path / "full", tmp_path / "none/shards") == 66
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

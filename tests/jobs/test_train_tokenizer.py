@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from fastbeit.config.sections import DataConfig
 from fastbeit.config.tokenizer import Architecture, TokenizerTrainConfig
-from fastbeit.data.index.reader import open_index
+from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
 from fastbeit.engine.ranks import World
-from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, RunError
+from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, DataError, RunError
 from fastbeit.jobs.train_tokenizer import step_generator, train_tokenizer
 from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder, one_hot, to_mapped
@@ -356,6 +356,27 @@ def test_a_disk_that_vanishes_costs_no_step(photos, tmp_path, monkeypatch):
     assert [path.name for path in (parts / "checkpoints").iterdir()] == ["step-000001"]
     assert train_tokenizer(config(), photos, None, parts, COMMAND) == DONE
     assert weights(parts) == weights(whole)
+
+
+def test_a_tokenizer_that_a_kill_has_left_half_is_written_again(photos, tmp_path):
+    train_tokenizer(config(optim__steps=2), photos, None, tmp_path / "dvae", COMMAND)
+    whole = weights(tmp_path / "dvae")
+    for name, content in ("dvae.json", b""), ("dvae.safetensors", whole[:1000]):
+        (tmp_path / "dvae" / name).write_bytes(content)
+        assert train_tokenizer(config(optim__steps=2), photos, None, tmp_path / "dvae", COMMAND) == DONE
+        assert weights(tmp_path / "dvae") == whole and load_tokenizer(tmp_path / "dvae")
+
+
+def test_a_refused_start_leaves_no_trace(photos, tmp_path, monkeypatch):
+    """Also where no image can be read for the first weights."""
+    out = tmp_path / "deep/dvae"
+    with pytest.raises(DataError):
+        train_tokenizer(config(), photos, tmp_path / "nowhere.idx", out, COMMAND)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "read_bytes", lambda self, row: b"")
+        with pytest.raises(DataError, match="none of the 12 images is valid"):
+            train_tokenizer(config(), photos, None, out, COMMAND)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_seeds_are_two_tokenizers(photos, tmp_path):

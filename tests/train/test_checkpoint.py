@@ -1,15 +1,18 @@
 import json
+import re
 import resource
 
 import pytest
 import torch
 
 from fastbeit.errors import RunError
+from fastbeit.files import sha256
 from fastbeit.train.checkpoint import (
     find_checkpoint,
     load_model,
     load_optimizer,
     load_state,
+    prune,
     resolve_checkpoint,
     save_checkpoint,
 )
@@ -18,8 +21,12 @@ MODEL = {"a.weight": torch.arange(6.0).view(2, 3), "index": torch.arange(4)}
 MOMENTS = {"exp_avg.a.weight": torch.ones(2, 3), "step.a.weight": torch.tensor(7.0)}
 
 
-def save(folder, step, keep=3):
-    return save_checkpoint(folder, step, MODEL, MOMENTS, {"seed": 1}, keep)
+def save(folder, step):
+    return save_checkpoint(folder, step, MODEL, MOMENTS, {"seed": 1})
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -34,9 +41,24 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_the_newest_are_kept_in_order_of_their_numbers(tmp_path):
     # a seventh digit sorts before the sixth's as text
     for step in (999_998, 999_999, 1_000_000):
-        save(tmp_path, step, keep=2)
-    assert {path.name for path in tmp_path.iterdir()} == {"step-999999", "step-1000000"}
+        save(tmp_path, step)
+    prune(tmp_path, 2, set(), set())
+    assert names(tmp_path) == {"step-999999", "step-1000000"}
     assert find_checkpoint(tmp_path)[0] == tmp_path / "step-1000000"
+
+
+def test_only_what_verifies_counts_and_two_always_stay(tmp_path):
+    for step in (2, 3, 4, 6, 8, 9):
+        save(tmp_path, step)
+    for step in (3, 8, 9):
+        flip_a_bit(tmp_path / f"step-00000{step}/model.safetensors")
+    resumed, written = tmp_path / "step-000004", tmp_path / "step-000006"
+    prune(tmp_path, 2, {resumed, written}, {resumed, written})
+    assert names(tmp_path) == {"step-000004", "step-000006", "step-000008", "step-000009"}
+    prune(tmp_path, 1, {resumed, written}, {resumed, written})
+    assert {"step-000004", "step-000006"} <= names(tmp_path)
+    prune(tmp_path, 1, set(), set())
+    assert "step-000006" in names(tmp_path) and "step-000004" not in names(tmp_path)
 
 
 def truncate(path):
@@ -75,6 +97,44 @@ def test_another_layout_is_passed_over_and_named(tmp_path, manifest):
         find_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, text, problem",
+    [
+        ("MANIFEST.json", "[" * 100_000, "RecursionError"),
+        ("MANIFEST.json", '{"version": true}', "version True"),
+        ("MANIFEST.json", '{"version": 1, "files": {"../../out": {}}}', r"names '\.\./\.\./out'"),
+        ("MANIFEST.json", "\0" * 64, "unreadable"),
+        ("state.json", '{"step": -3}', "says step -3, which is not that of its name"),
+        ("state.json", '{"step": 99}', "says step 99"),
+        ("state.json", '{"step": true}', "says step True"),
+        ("state.json", "[" * 100_000, "RecursionError"),
+        ("state.json", "[1]", "TypeError"),
+        ("state.json", "{}", "KeyError"),
+    ],
+    ids=lambda text: text[:16] if isinstance(text, str) else None,
+)
+def test_what_a_checkpoint_says_of_itself_is_read_with_care(tmp_path, name, text, problem):
+    good = save(tmp_path, 1)
+    rewritten(save(tmp_path, 2), name, text)
+    found, (said,) = find_checkpoint(tmp_path)
+    assert found == good and re.search(problem, said)
+
+
+def rewritten(checkpoint, name: str, text: str) -> None:
+    """Change a file of a checkpoint, and what its manifest says of it."""
+    (checkpoint / name).write_text(text)
+    if name != "MANIFEST.json":
+        manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+        manifest["files"][name] = {"bytes": len(text), "sha256": sha256(checkpoint / name)}
+        (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+def test_a_folder_that_is_named_almost_as_a_checkpoint_is_none(tmp_path):
+    for name in "step-\N{SUPERSCRIPT TWO}", "step-", "step-1a":
+        (tmp_path / name).mkdir()
+    assert find_checkpoint(tmp_path) == (None, [])
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     good = save(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -99,7 +159,11 @@ def test_a_disk_that_cannot_be_written_is_said(tmp_path):
 def test_remains_of_a_killed_save_are_invisible_and_go(tmp_path):
     (tmp_path / ".tmp-step-000009.123").mkdir()
     assert find_checkpoint(tmp_path) == (None, [])
+    (tmp_path / "step-000008").mkdir()
+    (tmp_path / "step-000008/.unfinished").touch()
+    assert find_checkpoint(tmp_path) == (None, [])
     path = save(tmp_path, 1)
+    prune(tmp_path, 1, set(), set())
     assert list(tmp_path.iterdir()) == [path]
 
 

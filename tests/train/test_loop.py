@@ -102,6 +102,16 @@ def test_a_save_is_told_with_the_batch_and_data_that_is_gone_is_raised(tmp_path)
             feed.next()
 
 
+def test_what_keeps_a_rank_from_going_on_is_raised_before_a_batch_is_asked_for(tmp_path):
+    def batches():
+        raise AssertionError("a batch was asked for")
+        yield
+
+    with pytest.raises(RunError, match="the disk is full") as caught:
+        feed_of(batches(), Stop(), tmp_path).next(RunError("the disk is full", 74))
+    assert caught.value.exit_code == 74
+
+
 @pytest.mark.parametrize("accumulate, sizes", [(1, [6]), (3, [2, 2, 2]), (4, [2, 2, 2]), (6, [1] * 6)])
 def test_micro_batches_are_all_of_a_step(accumulate, sizes):
     tensors = torch.arange(6), torch.arange(12).view(6, 2)

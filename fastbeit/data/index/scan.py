@@ -30,7 +30,7 @@ from fastbeit.data.index.members import MAX_BYTES, PLAIN, TABLE, Member, Reason,
 from fastbeit.data.index.sources import Source, open_source
 from fastbeit.data.index.writer import Rows, write_index
 from fastbeit.errors import CANNOT_CREATE, BadImage, DataError, RunError
-from fastbeit.files import aside
+from fastbeit.files import aside, try_to_write
 
 THREADS = 16  # headers are read one small piece a file: the storage's latency is what is waited for
 TOGETHER = 16  # images that a thread takes at a time
@@ -77,9 +77,8 @@ def build_index(source: Path, output: Path, progress: bool = True) -> Summary:
     opened = open_source(source)
     rows, skipped = Rows(), opened.skipped
     with _writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
         # not to find out after hours
-        aside(output).touch()
+        try_to_write(output)
     try:
         for part in _examine_all(opened, progress):
             rows.extend(part.rows)
@@ -90,6 +89,7 @@ def build_index(source: Path, output: Path, progress: bool = True) -> Summary:
                 f"no image in '{source}'" + (f"; {len(skipped)} files skipped, such as {reasons}" if skipped else "")
             )
         with _writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
             num_classes = write_index(rows, opened, len(skipped), output)
     finally:
         aside(output).unlink(missing_ok=True)

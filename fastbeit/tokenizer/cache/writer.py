@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbeit.errors import CANNOT_WRITE, USAGE, CacheError, RunError
-from fastbeit.files import aside, put_in_place, sha256
+from fastbeit.files import aside, put_in_place, sha256, sync_open, write_whole
 from fastbeit.tokenizer.cache.reader import (
     BAD_SAMPLES,
     CARD,
@@ -115,10 +115,10 @@ class CacheWriter:
                     put_in_place(path)
             if bad:
                 lines = (json.dumps({"sample": sample, "reason": reason}) + "\n" for sample, reason in bad)
-                _write_whole(self.folder / BAD_SAMPLES, "".join(lines))
+                write_whole(self.folder / BAD_SAMPLES, "".join(lines))
             hashes = {path.name: sha256(path) for path in views}
             card = self.card.model_copy(update={"num_bad": len(bad), "sha256": hashes})
-            _write_whole(self.folder / CARD, card.model_dump_json(indent=1) + "\n")
+            write_whole(self.folder / CARD, card.model_dump_json(indent=1) + "\n")
             self._tidy()
         except OSError as err:
             raise RunError(f"tokens cannot be written to '{self.folder}': {err}", CANNOT_WRITE) from err
@@ -141,7 +141,7 @@ class CacheWriter:
                 with aside(view_path(self.folder, view)).open("wb") as file:
                     file.write(self.header)
                     file.truncate(self.view_bytes)
-            _write_whole(self.folder / PLAN, self.card.model_dump_json(indent=1) + "\n")
+            write_whole(self.folder / PLAN, self.card.model_dump_json(indent=1) + "\n")
         except OSError as err:
             raise RunError(f"tokens cannot be written to '{self.folder}': {err}", CANNOT_WRITE) from err
 
@@ -175,7 +175,7 @@ def _write_at(path: Path, start: int, data: memoryview) -> None:
         file.seek(start)
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        sync_open(file)
 
 
 def _append_line(path: Path, line: str) -> None:
@@ -185,9 +185,4 @@ def _append_line(path: Path, line: str) -> None:
         torn = file.read() not in (b"", b"\n")
         file.write(b"\n" * torn + line.encode() + b"\n")
         file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside(path).write_text(text)
-    put_in_place(path)
+        sync_open(file)

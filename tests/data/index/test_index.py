@@ -148,9 +148,9 @@ def test_no_image(tmp_path):
         tmp_path / "empty": "no image in .*notes.txt.*not an image",
     }.items():
         with pytest.raises(DataError, match=words) as caught:
-            build_index(source, tmp_path / "images.idx", progress=False)
+            build_index(source, tmp_path / "deep/images.idx", progress=False)
         assert caught.value.exit_code == 66
-    assert not (tmp_path / "images.idx").exists()
+    assert not (tmp_path / "deep").exists()
 
 
 def test_the_index_is_a_function_of_the_folder(tmp_path):
