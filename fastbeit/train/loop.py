@@ -61,6 +61,7 @@ class Task(Protocol):
     num_warmup: int
     epoch_steps: int
     origin: dict[str, Any]  # what a checkpoint must agree with: where its data and its labels come from
+    kept: dict[str, Any]  # what its checkpoints say besides, of how they were computed
     sums: tuple[str, ...]  # names of what the model returns
     ema_decay: float | None  # of the averaged weights; None: none are kept
     looks: list[Look]
@@ -152,7 +153,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
 
     def save() -> None:
         known = {"config": config.model_dump(mode="json"), "versions": _versions()}
-        known |= {"seconds": time.monotonic() - began, "fit": fit.kept}
+        known |= {"seconds": time.monotonic() - began, "fit": fit.kept, **task.kept}
         saver.save(step, engine, model, average, known)
 
     def say() -> None:

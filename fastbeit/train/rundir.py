@@ -15,7 +15,7 @@ if sys.platform != "win32":
     import fcntl
 
 # what may differ between the parts of one run: who runs it and what it says, not what it computes
-FREE_SECTIONS = ("out", "engine", "log", "profile")
+FREE_SECTIONS = ("out", "engine", "kernels", "log", "profile")
 FREE_FIELDS = {
     "data": ("index", "val_index", "tokens", "num_workers"),
     "optim": ("accumulate",),
