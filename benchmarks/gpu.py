@@ -1,4 +1,5 @@
-"""All that only a card can answer, in nine minutes: kernel tests, steps of BEiT-B and L, questions of a first hour.
+"""All that only a card can answer, in nine minutes: kernel tests, tuning, steps of BEiT-B and L, questions of a first
+hour, promises of training, decoding on the card, and the tokenizer in half precision.
 
     python -m benchmarks.gpu [--out DIR] [PART ...]     or `make gpu`; without a card it says what it would do
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 GRACE_S = 10  # from the signal that asks a part to end to the one that ends it
 POLL_S = 0.1
 # how a module is got, where its package has another name
-PACKAGES = {"yaml": "PyYAML"}
+PACKAGES = {"yaml": "PyYAML", "PIL": "Pillow"}
 
 Result = dict[str, Any]
 
@@ -47,41 +48,66 @@ class Part:
         return [module for module in self.needs if find_spec(module) is None]
 
 
+CORE = "torch", "triton"
+MODEL = *CORE, "numpy", "pydantic", "yaml"  # what steps of the model want
+FILES = "safetensors", "simplejpeg", "PIL", "tqdm"  # and what a job wants
+
+
 def _question(name: str, asks: str, seconds: float) -> Part:
-    command = "-m", "benchmarks.first_hour", name, "--json", "{json}"
-    return Part(name, asks, seconds, ("torch", "triton"), command)
+    return _benchmark("first_hour", name, asks, seconds, CORE, name, "--rounds", "10")
+
+
+def _benchmark(module: str, name: str, asks: str, seconds: float, needs: tuple[str, ...], *arguments: str) -> Part:
+    command = "-m", f"benchmarks.{module}", *arguments, "--json", "{json}"
+    return Part(name, asks, seconds, needs, command)
 
 
 # Left out are tests that prove things without a card, and whose time is better spent here: what compiles for four
 # architectures, what is moved in the interpreter, and how the questions below are asked there. Warnings of another
 # PyTorch are printed, and are no failures.
 KERNEL_TESTS = "-m", "pytest", "tests/kernels", "-m", "not long", "-W", "default", "-p", "no:cacheprovider"
-# compiling is most of their time, and is the host's
-IN_PARALLEL = ("-n", "8") if find_spec("xdist") else ()
+# compiling is most of their time, and is the host's. Tests of large tensors are a group, and have the memory in turn
+IN_PARALLEL = ("-n", "8", "--dist", "loadgroup") if find_spec("xdist") else ()
 NOT_ON_A_CARD = "test_compile.py", "test_traffic.py", "test_first_hour.py"
 
-# their seconds and one grace are nine minutes: who is late takes from the next
+# their seconds and one grace are nine minutes: who is late takes from the next. Each writes its rows as they come
 PARTS = (
     Part(
         "kernels",
-        "are the Triton kernels right on this card?",
-        110,
-        ("torch", "triton", "numpy", "pytest"),
+        "are the Triton kernels right on this card, also above 2^31 values?",
+        100,
+        (*CORE, "numpy", "pytest"),
         (*KERNEL_TESTS, *IN_PARALLEL, *(f"--ignore=tests/kernels/{name}" for name in NOT_ON_A_CARD)),
     ),
-    Part(
+    _benchmark(
+        "step",
         "step",
         "what does a step of BEiT-B and of BEiT-L take, with whose attention, compiled or not?",
-        170,
-        ("torch", "triton", "numpy", "pydantic", "yaml"),
-        ("-m", "benchmarks.step", "--steps", "50", "--json", "{json}"),
+        105,
+        MODEL,
+        *("--steps", "25"),
     ),
-    _question("sdpa", "which attention backend takes the bias, and at what price?", 30),
-    _question("attention", "which tiles for attention, and how much workspace?", 70),
-    _question("linear_cross_entropy", "how many rows a chunk of the loss?", 55),
-    _question("cross_entropy", "which warps and registers?", 40),
-    _question("masked_embed", "which tiles, and is a convolution as good?", 40),
-    _question("host", "does the host keep up with the loss?", 15),
+    _benchmark("tune", "tune", "which attention, workspace and rows a chunk would `doctor --tune` take?", 60, MODEL),
+    _benchmark(
+        "training",
+        "training",
+        "do our kernels train as plain PyTorch does, with the same bits twice and resumed, and without waiting?",
+        60,
+        (*MODEL, *FILES),
+    ),
+    _question("sdpa", "which attention backend takes the bias, and at what price?", 15),
+    _question("attention", "which tiles for attention, and how much workspace?", 35),
+    _question("linear_cross_entropy", "how many rows a chunk of the loss?", 30),
+    _question("cross_entropy", "which warps and registers?", 20),
+    _question("masked_embed", "which tiles, and is a convolution as good?", 20),
+    _question("host", "does the host keep up with the loss?", 10),
+    _benchmark(
+        "kernels", "ops", "how fast is each op, beside eager, compiled and others' code?", 40, CORE, "--rounds", "20"
+    ),
+    _benchmark(
+        "decoding", "decoding", "does DALI on the card show what Pillow shows, and how fast?", 20, (*MODEL, *FILES)
+    ),
+    _benchmark("encoder", "encoder", "how fast, and how exact, is the tokenizer in fp16 and bf16?", 15, MODEL),
 )
 
 

@@ -18,6 +18,7 @@ MAX_ERROR = 200  # characters
 FIGURES = {
     "us": "{:,.1f} us",
     "host_us": "host {:,.0f} us",
+    "ms": "{:,.3f} ms",
     "step_ms": "{:,.2f} ms a step",
     "predicted_ms": "predicted {:,.1f} ms",
     "p95_ms": "p95 {:,.2f} ms",
@@ -47,6 +48,14 @@ FIGURES = {
     "data_wait_share": "waits for data {:.1%}",
     "attention": "attention by {}",
     "loss": "loss {:.4f}",
+    "first": "in the first step they differ by {:.1e} of it",
+    "last": "at the end by {:.1e}",
+    "speedup": "{:.2f} times fp32",
+    "patch_view_db": "patch view {:.1f} dB",
+    "token_view_db": "token view {:.1f} dB",
+    "same_tokens": "{:.2%} of tokens the same",
+    "choice": "{}",
+    "found": "{}",
     "sdpa": "SDPA takes {}",
     "wrong": "wrong: {}",
     "error": "{}",
@@ -63,6 +72,18 @@ def write_json(path: Path, value: Any) -> None:
 def first_line(err: BaseException) -> str:
     """An error's type and the first line of what it says, cut where it goes on for long."""
     return ": ".join([type(err).__name__, *str(err).strip().splitlines()[:1]])[:MAX_ERROR]
+
+
+def keep(rows: Iterable[Row], where: dict[str, Any], file: Path | None) -> list[Row]:
+    """Print and write each row as it comes: what is there when time runs out stays."""
+    print(json.dumps(where))
+    found: list[Row] = []
+    for row in rows:
+        found.append(row)
+        print(f"{row['case']:64} {figures(row)}", flush=True)
+        if file:
+            write_json(file, dict(where, rows=found))
+    return found
 
 
 def figures(row: Row) -> str:

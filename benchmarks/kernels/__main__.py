@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.card import Clock, Work, cuda_clock, cuda_peak_mib, environment
 from benchmarks.gate import first_fault
 from benchmarks.kernels.ops import Op, Shapes, left_out, ops
+from benchmarks.results import write_json
 from fastbeit_kernels.backend import INTERPRETED
 
 COPY_BYTES = 2**30  # read and written
@@ -157,16 +158,18 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print(*cells, row.get("wrong", ""))
 
 
-def time_on_cuda(rounds: int) -> list[dict[str, Any]]:
+def time_on_cuda(rounds: int, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """What there is so far is kept after each op."""
     bench = cuda_bench()
-    found = []
+    found: list[dict[str, Any]] = []
     for op in ops(Shapes()):
         contestants = dict(op.contestants)
         if op.differentiable:
             contestants["compile"] = torch.compile(op.contestants["eager"], fullgraph=True)
         rows = measure(op, contestants, bench, rounds)
         print_rows(rows)
-        found += rows
+        found += [dict(case=f"{row['op']}, {row['who']}", **row) for row in rows]
+        keep(found)
         torch.cuda.empty_cache()
     return found
 
@@ -187,16 +190,18 @@ def main(argv: list[str] | None = None) -> int:
     absent = left_out()
     for who in absent:
         print(f"left out: {who}")
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        if args.json:
+            write_json(args.json, dict(where, predicted=args.predict, left_out=absent, rows=rows))
+
     if args.predict:
         from benchmarks.kernels.predict import print_predictions
 
         rows = print_predictions()
+        keep(rows)
     else:
-        rows = time_on_cuda(args.rounds)
-    if args.json:
-        args.json.write_text(
-            json.dumps(dict(where, predicted=args.predict, left_out=absent, rows=rows), indent=1) + "\n"
-        )
+        rows = time_on_cuda(args.rounds, keep)
     return int(any("wrong" in row and row["who"] == "ours" for row in rows))
 
 

@@ -220,12 +220,24 @@ AttentionBackend = Literal["auto", "triton", "xformers", "sdpa", "eager"]
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which implementation runs each fused operator."""
+    """Which implementation runs each fused operator, and in what portions."""
 
     attention: AttentionBackend = "auto"
     masked_embed: Backend = "auto"
     loss: Backend = "auto"
     masks: Backend = "auto"
+    attention_mib: int | None = None  # the two numbers as in `KernelsConfig`
+    loss_rows: int | None = None
+
+    @property
+    def implementations(self) -> dict[str, Any]:
+        """By operator."""
+        return dict(attention=self.attention, masked_embed=self.masked_embed, loss=self.loss, masks=self.masks)
+
+    @property
+    def portions(self) -> dict[str, Any]:
+        """By setting; None: the operator's own."""
+        return dict(attention_mib=self.attention_mib, loss_rows=self.loss_rows)
 
 
 class KernelsConfig(Section):
@@ -237,19 +249,30 @@ class KernelsConfig(Section):
     attention: AttentionBackend | None = Field(
         default=None,
         description="of attention: triton: ours; xformers: its memory_efficient_attention; sdpa: PyTorch's fused "
-        "attention; eager: by its definition; auto: triton on cuda where there is a relative-position bias, else sdpa; "
-        "null: auto, or sdpa where backend is reference",
+        "attention; eager: by its definition; auto: what `fastbeit doctor --tune` found best here, else triton on cuda "
+        "where there is a relative-position bias, else sdpa; null: auto, or sdpa where backend is reference",
     )
     masked_embed: Backend | None = Field(default=None, description="of the masked embedding; null: backend")
     loss: Backend | None = Field(default=None, description="of the head with its cross-entropy; null: backend")
     masks: Backend | None = Field(default=None, description="of drawing masks; null: backend")
+    attention_mib: Count | None = Field(
+        default=None,
+        description="MiB of scores that the backward of triton's attention has in memory at once; null: what `fastbeit "
+        "doctor --tune` found best here, else 512",
+    )
+    loss_rows: Count | None = Field(
+        default=None,
+        description="rows whose logits the loss has in memory at once; null: what `fastbeit doctor --tune` found best "
+        "here, else as many as take 1/64 of the card's memory",
+    )
 
     @property
     def by_op(self) -> Kernels:
         every = self.backend
         # not every model has an attention that Triton takes
         attention = self.attention or ("sdpa" if every == "reference" else "auto")
-        return Kernels(attention, self.masked_embed or every, self.loss or every, self.masks or every)
+        names = self.masked_embed or every, self.loss or every, self.masks or every
+        return Kernels(attention, *names, self.attention_mib, self.loss_rows)
 
 
 class LogConfig(Section):

@@ -55,6 +55,14 @@ class World:
         dist.all_gather_object(parts, items, group=self.host_group)
         return [item for part in parts for item in part]
 
+    def first(self, item: Any) -> Any:
+        """What rank 0 has, on all ranks."""
+        if self.host_group is None:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, 0, group=self.host_group)
+        return box[0]
+
     def agree(self, stop: bool, save: bool, bad: list[tuple[int, str]], error: RunError | None) -> Verdict:
         """One verdict for all, of what each rank was asked and what it met; costs one collective where all is well."""
         stops, saves, met = self.sum([stop, save, bool(bad) or error is not None])

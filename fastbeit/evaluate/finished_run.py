@@ -90,7 +90,7 @@ def open_run(run: Path) -> Trained:
     # by what runs here, whatever the run was trained by
     free = config.model_copy(update={"kernels": KernelsConfig()})
     vocab_size = tokenizer.vocab_size if tokenizer else None
-    config, _ = chosen_kernels(free, num_outputs(config, vocab_size), world)
+    config = chosen_kernels(free, num_outputs(config, vocab_size), world).config
     model = make_beit(config, vocab_size)
     try:
         model.load_state_dict(load_model(checkpoint))

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,32 +29,41 @@ def look_at_all(names: list[str], config: Config, num_outputs: int, device: torc
     """A finding for each of `names_of`."""
     found: list[Finding] = []
     while len(found) < len(names):
-        new, why = _in_a_process(names[len(found) :], config, num_outputs, device)
+        rest = names[len(found) :]
+        asked = dict(names=rest, config=config.model_dump(mode="json"), num_outputs=num_outputs, device=str(device))
+        new, why = answers_apart("fastbeit.health.apart", asked, device, PATIENCE_S)
         # none: the first one ended the process
-        found += new or [Finding(names[len(found)], "wrong", why=why, fix=HOW_TO_GET.get(names[len(found)], ""))]
+        found += [Finding(**one) for one in new] or [
+            Finding(rest[0], "wrong", why=why, fix=HOW_TO_GET.get(rest[0], ""))
+        ]
     return found
 
 
-def _in_a_process(
-    names: list[str], config: Config, num_outputs: int, device: torch.device
-) -> tuple[list[Finding], str]:
-    """What was found before the process ended, and how it ended."""
-    asked = dict(names=names, config=config.model_dump(mode="json"), num_outputs=num_outputs, device=str(device))
+def answers_apart(
+    module: str, asked: dict[str, Any], device: torch.device, patience_s: float
+) -> tuple[list[dict[str, Any]], str]:
+    """Run `python -m MODULE FILE`, which reads what is asked from stdin and writes an answer a line into FILE.
+
+    Returns:
+        What it had answered when it ended; and how it ended, empty where that was well.
+    """
     env = os.environ if device.type == "cuda" else {**os.environ, "TRITON_INTERPRET": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        answers = Path(folder) / "findings"
+        answers = Path(folder) / "answers"
         answers.touch()
         # a file, because packages print what they like
         alike = ["-S"] if sys.flags.no_site else []  # the packages that this process sees
-        command = [sys.executable, *alike, "-m", "fastbeit.health.apart", str(answers)]
-        options = dict(input=json.dumps(asked), env=env, capture_output=True, text=True, timeout=PATIENCE_S)
+        command = [sys.executable, *alike, "-m", module, str(answers)]
+        options = dict(input=json.dumps(asked), env=env, capture_output=True, text=True, timeout=patience_s)
         try:
             ended = subprocess.run(command, **options)  # pyright: ignore[reportCallIssue, reportArgumentType]
             said = ended.stderr.strip().splitlines()[-1:]
             why = f"it ended the process with {ended.returncode}: {one_line(' '.join(said))}"
+            is_well = ended.returncode == 0
         except subprocess.TimeoutExpired:
-            why = f"it hangs: no answer in {PATIENCE_S} s"
-        return [Finding(**json.loads(line)) for line in answers.read_text().splitlines()], why
+            why, is_well = f"it hangs: no answer in {patience_s} s", False
+        found = [json.loads(line) for line in answers.read_text().splitlines()]
+        return found, "" if found and is_well else why
 
 
 def main(answers: Path) -> None:

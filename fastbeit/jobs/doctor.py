@@ -1,4 +1,5 @@
-"""Says what of this machine a run can use, what not, why, and how to get it; and whether each kernel is right here."""
+"""Says what of this machine a run can use, what not, why, and how to get it; whether each kernel is right here; and,
+asked to tune, what is fastest."""
 
 import dataclasses
 import json
@@ -14,6 +15,9 @@ from fastbeit.health.apart import look_at_all, names_of
 from fastbeit.health.cards import cards
 from fastbeit.health.finding import Finding
 from fastbeit.health.packages import python
+from fastbeit.health.tuning import Timing, chosen, tune
+from fastbeit.model.attention import attention_choice
+from fastbeit.model.tuned import Choices, key_of, table_path, write_table
 from fastbeit.tokenizer.disk import vocab_size_of
 from fastbeit_kernels.backend import check_backend
 
@@ -22,18 +26,19 @@ MAX_TEXT = 160  # characters of a reason, in the table; the JSON has it whole
 WORDS = {"runs": "runs", "wrong": "DOES NOT RUN", "absent": "absent", "unused": "not used"}
 
 
-def doctor(config: Config, num_outputs: int, output: Path | None) -> int:
+def doctor(config: Config, num_outputs: int, output: Path | None, tunes: bool = False) -> int:
     """Print the table; write it as JSON too, where `output` is given.
 
     Args:
         num_outputs: V visual words; for pixels the values of a patch.
+        tunes: time what runs here and is right, and keep what is fastest for runs of this configuration.
 
     Returns:
         The exit code: done.
 
     Raises:
         ConfigError: something that the configuration asks for by name does not run.
-        RunError: `output` cannot be written (73).
+        RunError: `output`, or what was tuned, cannot be written (73).
     """
     device = _device(config)
     found = [python(), *cards(), *look_at_all(names_of(config), config, num_outputs, device)]
@@ -46,7 +51,54 @@ def doctor(config: Config, num_outputs: int, output: Path | None) -> int:
     if wrong:
         raise ConfigError("\n".join(wrong))
     print("all that the configuration asks for by name runs here" if asked else "nothing is asked for by name")
+    if tunes:
+        timed = _tune(config, num_outputs, device, [one.name for one in found if one.state == "runs"])
+        if output:
+            _write(output, found + timed)
     return DONE
+
+
+def _tune(config: Config, num_outputs: int, device: torch.device, right: list[str]) -> list[Finding]:
+    """Time the choices, print them, and keep the fastest in the table that runs read; the rows, for JSON.
+
+    As many ranks are assumed as the machine has cards: that, and the batch, say how many images one computes at once.
+    """
+    on_cuda = device.type == "cuda"
+    num_ranks = torch.cuda.device_count() if on_cuda else 1
+    key = key_of(config, num_outputs, num_ranks, device)
+    what = ", ".join(f"{name} {value}" for name, value in key.items()) if on_cuda else "a try, at small shapes"
+    print(f"\ntuning for {what}", flush=True)
+    timed = tune(config, num_outputs, num_ranks, device, right)
+    default = _default_attention(config, device, right)
+    choices = chosen(timed, default)
+    found = [_as_finding(one, choices, default) for one in timed]
+    print(table(found))
+    if not on_cuda:
+        print("times of a CPU, and of Triton's interpreter, decide nothing: nothing is kept")
+    elif any(one.ms is not None for one in timed):
+        times = {f"{one.setting}={one.choice}": one.ms for one in timed if one.ms is not None}
+        write_table(table_path(), key, choices, times)
+        print(f"kept in '{table_path()}'; runs of these shapes take it where the configuration names nothing")
+    return found
+
+
+def _default_attention(config: Config, device: torch.device, right: list[str]) -> str:
+    model = config.model
+    shape = config.num_patches + 1, model.width // model.num_heads
+    name, _ = attention_choice("auto", device, *shape, model.relative_position != "none")
+    return name if f"attention {name}" in right else "sdpa"
+
+
+def _as_finding(one: Timing, choices: Choices, default_attention: str) -> Finding:
+    if not one.setting:
+        return Finding("tuning", "wrong", why=one.why, fix="what was not timed stays as it is")
+    is_default = one.choice == (default_attention if one.setting == "attention" else None)
+    name = f"kernels.{one.setting}={'null' if one.choice is None else one.choice}"
+    if one.ms is None:
+        return Finding(name, "wrong", why=one.why)
+    is_chosen = choices[one.setting] == one.choice
+    words = ["the default"] * is_default + ["chosen"] * is_chosen
+    return Finding(name, "runs", f"{one.ms:.3f} ms", ", ".join(words))
 
 
 def num_outputs_of(config: Config) -> int:
@@ -69,7 +121,7 @@ def asked_by_name(config: Config) -> dict[str, str]:
         asked["deepspeed"] = "engine.name=deepspeed"
     if config.data.pipeline == "dali":
         asked["nvidia.dali"] = "data.pipeline=dali"
-    for op, backend in dataclasses.asdict(kernels.by_op).items():
+    for op, backend in kernels.by_op.implementations.items():
         if backend != "auto":
             asked[f"{op} {backend}"] = f"kernels.{op if getattr(kernels, op) else 'backend'}={backend}"
     return asked

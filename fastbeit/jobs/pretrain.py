@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,10 @@ from fastbeit.engine.work import step_flops
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
 from fastbeit.model.beit import Beit, make_beit, num_outputs
-from fastbeit.model.kernels import chosen_kernels
+from fastbeit.model.kernels import Before, chosen_kernels
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
+from fastbeit.train.checkpoint import find_checkpoint, load_state
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Reading, check_batch, train
 from fastbeit.train.pipeline import settle_pipeline
@@ -58,10 +60,12 @@ def pretrain(config: Config, command: list[str]) -> int:
     index = open_index(Path(config.data.index))
     source = open_token_source(config, index, world.device)
     opened = time.perf_counter()
-    chosen, lines = chosen_kernels(config, num_outputs(config, source.vocab_size), world)
+    before = _before(Path(config.out) / "checkpoints") if world.rank == 0 else None
+    chosen = chosen_kernels(config, num_outputs(config, source.vocab_size), world, before)
     tried = time.perf_counter()
     took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {tried - opened:.1f} s"
-    task = Pretraining(chosen, world, index, source, [str(pipeline), *lines, _how(config, world.device), took])
+    lines = [str(pipeline), *chosen.lines, _how(config, world.device), took]
+    task = Pretraining(chosen.config, world, index, source, lines, {"kernels": chosen.kept})
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         outcome = train(task, config, world, Path(config.out), stop, command)
@@ -78,13 +82,20 @@ class Pretraining:
     ema_decay: float | None = None
 
     def __init__(
-        self, config: Config, world: World, index: Index, source: TokenSource, lines: Sequence[str] = ()
+        self,
+        config: Config,
+        world: World,
+        index: Index,
+        source: TokenSource,
+        lines: Sequence[str] = (),
+        kept: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
             lines: what the log shall say of how this is run.
+            kept: what checkpoints shall say of it.
         """
-        self.lines = lines
+        self.lines, self.kept = lines, kept or {}
         self.config, self.optim, self.world, self.index, self.source = config, config.optim, world, index, source
         self.origin = {"index": index.fingerprint, "tokenizer": source.fingerprint}
         self.num_images, optim = len(index), config.optim
@@ -172,6 +183,15 @@ class Pretraining:
                 f"data.num_crops={config.data.num_crops}: only so many crops an image; the official recipe draws new "
                 "ones (num_crops=0)"
             )
+
+
+def _before(folder: Path) -> Before | None:
+    """What the checkpoint that will be gone on from says of its kernels; the loop opens it again, and verifies it."""
+    try:
+        last, _ = find_checkpoint(folder)
+    except RunError:  # none is usable, which the loop says on all ranks
+        return None
+    return Before(last.name, load_state(last).get("kernels")) if last else None
 
 
 def _how(config: Config, device: torch.device) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import shlex
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +100,7 @@ class DvaeTraining:
     sums: tuple[str, ...] = ("loss", "error", "words")
     rehearsal: Rehearsal | None = None
     flops_per_image: int = 0
+    kept: dict[str, Any] = {}
 
     def __init__(
         self, config: TokenizerTrainConfig, world: World, index: Index, val_index: Index | None, pipeline: Choice

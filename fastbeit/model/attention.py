@@ -118,19 +118,21 @@ def attention_choice(
     return "triton", "on cuda"
 
 
-def attend(qkv: Tensor, bias: Tensor | None, backend: AttentionBackend) -> Tensor:
+def attend(qkv: Tensor, bias: Tensor | None, backend: AttentionBackend, workspace_mib: int | None = None) -> Tensor:
     """softmax(scale * q k^T + bias) v, of all heads.
 
     Args:
         qkv: [B, S, 3, H, K].
         bias: [H, S, S_pad] float32, or None.
+        workspace_mib: of the backward of Triton's; None: its own choice.
 
     Returns:
         [B, S, D].
     """
     backend, _ = attention_choice(backend, qkv.device, qkv.shape[1], qkv.shape[4], bias is not None)
     if backend == "triton":
-        return relative_attention(qkv, _no_bias(qkv) if bias is None else bias, backend="triton")
+        workspace = None if workspace_mib is None else workspace_mib * 2**20
+        return relative_attention(qkv, _no_bias(qkv) if bias is None else bias, workspace=workspace, backend="triton")
     if backend == "eager":
         return relative_attention_reference(qkv, _no_bias(qkv) if bias is None else bias)
     return _by_xformers(qkv, bias) if backend == "xformers" else _by_sdpa(qkv, bias)
@@ -209,15 +211,23 @@ class QKV(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention. Keys have no bias: the softmax would cancel it."""
 
-    def __init__(self, width: int, num_heads: int, table_grid: Size | None, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        table_grid: Size | None,
+        backend: AttentionBackend,
+        workspace_mib: int | None = None,
+    ) -> None:
         """
         Args:
             table_grid: patches down and across for a bias table of this block's own; None: no such table.
-            backend: who computes it.
+            backend, workspace_mib: as in `attend`.
         """
         super().__init__()
         self.num_heads = num_heads
         self.backend: AttentionBackend = backend
+        self.workspace_mib = workspace_mib
         self.has_table = table_grid is not None
         self.qkv = QKV(width)
         self.q_bias = nn.Parameter(torch.zeros(width))
@@ -238,5 +248,6 @@ class Attention(nn.Module):
         """
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = self.qkv(x, qkv_bias).unflatten(2, (3, self.num_heads, -1))  # [B, S, 3, H, K]
-        out = attend(qkv, expand_bias_table(self) if self.has_table else bias, self.backend)
+        bias = expand_bias_table(self) if self.has_table else bias
+        out = attend(qkv, bias, self.backend, self.workspace_mib)
         return self.proj(out if slots is None else take(out, slots))

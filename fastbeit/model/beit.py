@@ -18,9 +18,14 @@ from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy
 class Head(nn.Module):
     """From tokens to what is predicted, or to the loss of it."""
 
-    def __init__(self, width: int, num_outputs: int, backend: Backend) -> None:
+    def __init__(self, width: int, num_outputs: int, backend: Backend, rows: int | None = None) -> None:
+        """
+        Args:
+            rows: whose logits are in memory at once; None: as many as `linear_cross_entropy` chooses.
+        """
         super().__init__()
         self.backend: Backend = backend
+        self.rows = rows
         self.weight = nn.Parameter(torch.empty(num_outputs, width))
         self.bias = nn.Parameter(torch.empty(num_outputs))
 
@@ -37,7 +42,7 @@ class Head(nn.Module):
             return F.linear(x, self.weight, self.bias)
         one = torch.ones((), device=x.device)
         return linear_cross_entropy(
-            x.flatten(0, -2), self.weight, self.bias, labels.flatten(), one, backend=self.backend
+            x.flatten(0, -2), self.weight, self.bias, labels.flatten(), one, chunk=self.rows, backend=self.backend
         )
 
 
@@ -75,7 +80,7 @@ class Beit(VisionTransformer):
         self.objective = objective
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.width))
         self.norm = nn.LayerNorm(model.width, eps=NORM_EPS)
-        self.lm_head = Head(model.width, num_outputs, kernels.loss)
+        self.lm_head = Head(model.width, num_outputs, kernels.loss, kernels.loss_rows)
         self.initialise()
 
     def forward(

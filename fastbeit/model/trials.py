@@ -94,7 +94,7 @@ def trials_of(config: Config, num_outputs: int, device: torch.device, dtype: tor
     return trials
 
 
-def _random(device: torch.device, seed: int, *shape: int) -> Tensor:
+def random_numbers(device: torch.device, seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
@@ -104,7 +104,11 @@ def _with_gradients(out: Tensor, leaves: Mapping[str, Tensor], grad: Tensor) -> 
 
 
 def _embedding(config: Config, device: torch.device, dtype: torch.dtype, how: Any) -> Results:
-    random, D, kind = partial(_random, device), config.model.width, torch.float64 if how == "exact" else torch.float32
+    random, D, kind = (
+        partial(random_numbers, device),
+        config.model.width,
+        torch.float64 if how == "exact" else torch.float32,
+    )
     images = (random(0, IMAGES, *config.data.image_size, 3) * 40 + 128).clamp(0, 255).to(torch.uint8)
     masked = random(1, IMAGES, config.num_patches) > 0
     leaves = {"weight": random(0, D, 3, *config.model.patch_size)}
@@ -125,7 +129,7 @@ def _embedding(config: Config, device: torch.device, dtype: torch.dtype, how: An
 def _loss(width: int, num_outputs: int, device: torch.device, dtype: torch.dtype, how: Any) -> Results:
     kind = torch.float64 if how == "exact" else torch.float32
     shapes = {"hidden": (ROWS, width), "weight": (num_outputs, width), "bias": (num_outputs,)}
-    leaves = {name: _random(device, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    leaves = {name: random_numbers(device, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     leaves["weight"] /= width**0.5
     leaves = {name: leaf.to(kind).requires_grad_() for name, leaf in leaves.items()}
     labels, one = torch.arange(ROWS, device=device) % num_outputs, torch.ones((), device=device)
@@ -141,13 +145,13 @@ def _attention(config: Config, device: torch.device, dtype: torch.dtype, how: An
     """By any backend of attention; what it is given is rounded to `dtype` before."""
     S, H = config.num_patches + 1, config.model.num_heads
     kind, bias_kind = (torch.float64, torch.float64) if how == "exact" else (dtype, torch.float32)
-    qkv = _random(device, 0, IMAGES, S, 3, H, config.model.width // H).to(dtype).to(kind).requires_grad_()
+    qkv = random_numbers(device, 0, IMAGES, S, 3, H, config.model.width // H).to(dtype).to(kind).requires_grad_()
     leaves, bias = {"qkv": qkv}, None
     if config.model.relative_position != "none":
-        leaves["bias"] = _random(device, 1, H, S, S).to(bias_kind).requires_grad_()
+        leaves["bias"] = random_numbers(device, 1, H, S, S).to(bias_kind).requires_grad_()
         bias = F.pad(leaves["bias"], (0, -S % BIAS_ALIGNMENT))
     out = attend(qkv, bias, "eager" if how in ("exact", "reference") else how)
-    return _with_gradients(out, leaves, _random(device, 2, *out.shape).to(dtype))
+    return _with_gradients(out, leaves, random_numbers(device, 2, *out.shape).to(dtype))
 
 
 def _masks(config: Config, device: torch.device, how: Any) -> Results:

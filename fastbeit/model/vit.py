@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastbeit.config.sections import AttentionBackend, Backend, Kernels, ModelConfig, Size
+from fastbeit.config.sections import Backend, Kernels, ModelConfig, Size
 from fastbeit.model.attention import Attention, RelativePositionBias, take
 from fastbeit_kernels.masked_embed import masked_embed, patchify
 
@@ -113,10 +113,10 @@ def residual_scale(x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, model: ModelConfig, table_grid: Size | None, attention: AttentionBackend) -> None:
+    def __init__(self, model: ModelConfig, table_grid: Size | None, kernels: Kernels) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(model.width, eps=NORM_EPS)
-        self.attn = Attention(model.width, model.num_heads, table_grid, attention)
+        self.attn = Attention(model.width, model.num_heads, table_grid, kernels.attention, kernels.attention_mib)
         self.norm2 = nn.LayerNorm(model.width, eps=NORM_EPS)
         self.mlp = Mlp(model.width, model.mlp_width)
         scale = torch.full((model.width,), model.layer_scale)
@@ -138,6 +138,11 @@ class Block(nn.Module):
         branch = self.attn(self.norm1(x), bias, slots)
         x = residual_scale(x if slots is None else take(x, slots), branch, self.gamma_1, keep_attn)
         return residual_scale(x, self.mlp(self.norm2(x)), self.gamma_2, keep_mlp)
+
+    def compile_whole(self) -> None:
+        """Let torch.compile make one graph of it."""
+        # dynamic=False: shapes are static, and a short batch gets a graph of its own. xformers stays outside of it
+        self.compile(dynamic=False, fullgraph=self.attn.backend != "xformers")
 
 
 def cut_normal_(x: Tensor, std: float) -> None:
@@ -176,7 +181,7 @@ class VisionTransformer(nn.Module):
         shared = model.relative_position == "shared"
         self.rel_pos_bias = RelativePositionBias(grid, model.num_heads) if shared else None
         table_grid = grid if model.relative_position == "per_block" else None
-        self.blocks = nn.ModuleList([Block(model, table_grid, kernels.attention) for _ in range(model.depth)])
+        self.blocks = nn.ModuleList([Block(model, table_grid, kernels) for _ in range(model.depth)])
 
     def embed(self, images: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
         """[B, S, D] tokens: cls, then the patches, `mask_token` [D] in place of the masked ones (section 2.3)."""
@@ -207,8 +212,7 @@ class VisionTransformer(nn.Module):
         """Let torch.compile make one graph of each block: two in all, for the last block has slots."""
         for block in self.blocks:
             assert isinstance(block, Block)
-            # dynamic=False: shapes are static, and a short batch gets a graph of its own. xformers stays outside of it
-            block.compile(dynamic=False, fullgraph=block.attn.backend != "xformers")
+            block.compile_whole()
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -67,6 +67,7 @@ class Task(Protocol):
     num_warmup: int
     epoch_steps: int
     origin: dict[str, Any]  # what a checkpoint must agree with: where its data and its labels come from
+    kept: dict[str, Any]  # what its checkpoints say besides, of how they were computed
     sums: tuple[str, ...]  # names of what the model returns
     ema_decay: float | None  # of the averaged weights; None: none are kept
     looks: list[Look]
@@ -162,7 +163,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     ran["micro_batches"] = fit.accumulate
 
     def save() -> None:
-        known = {"ran": ran, "versions": _versions(), "seconds": time.monotonic() - began, "fit": fit.kept}
+        known = {"ran": ran, "versions": _versions(), "seconds": time.monotonic() - began, "fit": fit.kept, **task.kept}
         saver.save(step, engine, model, average, known)
 
     def say() -> None:
@@ -271,8 +272,8 @@ class Feed:
             error: why this rank cannot go on.
 
         Raises:
-            RunError: a rank cannot go on, has no data (66), too many images are bad (65), a data worker died: whatever it
-                is, on all ranks in the same step.
+            RunError: a rank cannot go on, has no data (66), too many images are bad (65), a data worker died; on all
+                ranks in the same step.
         """
         began = time.perf_counter()
         batch, error = (None, error) if error else self._fetch()

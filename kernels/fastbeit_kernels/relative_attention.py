@@ -34,8 +34,8 @@ LOWEST = {torch.float32: -(2.0**100), torch.bfloat16: -(2.0**100), torch.float16
 # rows of the bias and of the workspace start at multiples of it, so that accesses are 128 bits wide
 ROW_ALIGNMENT = 16
 MAX_TOKENS = 256  # a program of the backward holds whole rows of scores
-# of scores in memory at once: 256 images of BEiT-B are 240 MiB, in one go. In parts that the L2 cache holds the same
-# takes longer (H100: 1,039 us instead of 856 in a prototype), because each part is too small for the card
+# of scores in memory at once, where nobody says: 256 images of BEiT-B are 240 MiB, in one go. In parts that the L2
+# cache holds the same takes longer (H100: 1,039 us instead of 856 in a prototype): each part is too small for the card
 WORKSPACE_BYTES = 512 * 2**20
 
 
@@ -262,8 +262,8 @@ def _in_bits(bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("fastbeit::relative_attention_fwd", mutates_args=())
-def _forward(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and for the backward: log2 of the sums of exponentials [B, H, S]."""
+def _forward(qkv: Tensor, bias: Tensor, workspace: int) -> tuple[Tensor, Tensor]:
+    """The output, and for the backward: log2 of the sums of exponentials [B, H, S]. `workspace` is the backward's."""
     (B, S, _, H, K), tiles = qkv.shape, forward_tiles(qkv.dtype)
     bits = _in_bits(bias[..., :S], qkv.dtype)
     out = torch.empty(B, S, H * K, device=qkv.device, dtype=qkv.dtype)
@@ -282,19 +282,21 @@ def _forward(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_forward.register_fake
-def _(qkv, bias) -> tuple[Tensor, Tensor]:
+def _(qkv, bias, workspace) -> tuple[Tensor, Tensor]:
     B, S, _, H, K = qkv.shape
     return qkv.new_empty(B, S, H * K), qkv.new_empty(B, H, S, dtype=torch.float32)
 
 
 @torch.library.custom_op("fastbeit::relative_attention_bwd", mutates_args=())
-def _backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of qkv, and that of the bias [H, S, S] float32."""
+def _backward(
+    grad_out: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, lse: Tensor, workspace: int
+) -> tuple[Tensor, Tensor]:
+    """The gradient of qkv, and that of the bias [H, S, S] float32; a `workspace` of 0 bytes: `WORKSPACE_BYTES`."""
     (B, S, _, H, K), keys = qkv.shape, key_tiles(qkv.dtype)
     queries = query_tiles(qkv.dtype, _shared_bytes(qkv.device))
     bits = _in_bits(bias[..., :S].transpose(1, 2), qkv.dtype)
     sizes, scale = _sizes(qkv, bits), 1 / math.sqrt(K)
-    images = max(1, min(B, WORKSPACE_BYTES // bits.nbytes))
+    images = max(1, min(B, (workspace or WORKSPACE_BYTES) // bits.nbytes))
     num_groups = triton.cdiv(images, queries["GROUP"])
     grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     grad_scores = torch.empty(images, *bits.shape, device=qkv.device, dtype=qkv.dtype)
@@ -330,24 +332,26 @@ def _backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, lse: Ten
 
 
 @_backward.register_fake
-def _(grad_out, qkv, bias, out, lse) -> tuple[Tensor, Tensor]:
+def _(grad_out, qkv, bias, out, lse, workspace) -> tuple[Tensor, Tensor]:
     _, S, _, H, _ = qkv.shape
     return torch.empty_like(qkv), qkv.new_empty(H, S, S, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, *output)
+    qkv, bias, ctx.workspace = inputs
+    ctx.save_for_backward(qkv, bias, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else zeros are made as a gradient of lse
 
 
-def _autograd(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, Tensor | None]:
+def _autograd(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, Tensor | None, None]:
     if grad_out is None:
-        return None, None
-    qkv, bias, *_ = ctx.saved_tensors
-    grad_qkv, grad_bias = _backward(grad_out.contiguous(), *ctx.saved_tensors)
+        return None, None, None
+    # read once: where a block is computed again for its backward, a second time is an error
+    qkv, bias, out, lse = ctx.saved_tensors
+    grad_qkv, grad_bias = _backward(grad_out.contiguous(), qkv, bias, out, lse, ctx.workspace)
     padding = bias.shape[2] - qkv.shape[1]
-    return grad_qkv, F.pad(grad_bias, (0, padding)) if ctx.needs_input_grad[1] else None
+    return grad_qkv, F.pad(grad_bias, (0, padding)) if ctx.needs_input_grad[1] else None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -355,7 +359,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 # as FlopCounterMode counts fused attention: the scores are computed once more in the backward
 @register_flop_formula(torch.ops.fastbeit.relative_attention_fwd)
-def _forward_flops(qkv_shape, bias_shape, **_) -> int:
+def _forward_flops(qkv_shape, *_, **__) -> int:
     B, S, _, H, K = qkv_shape
     return 4 * B * H * S * S * K
 
@@ -366,7 +370,7 @@ def _backward_flops(grad_shape, qkv_shape, *_, **__) -> int:
     return 10 * B * H * S * S * K
 
 
-def relative_attention(qkv: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
+def relative_attention(qkv: Tensor, bias: Tensor, *, workspace: int | None = None, backend: Backend = "auto") -> Tensor:
     """Attention of all heads, from queries, keys and values as one matrix product leaves them.
 
     Args:
@@ -374,17 +378,21 @@ def relative_attention(qkv: Tensor, bias: Tensor, *, backend: Backend = "auto") 
             and S at most 256.
         bias: [H, S, S or more] float32, added to the scaled scores; columns past S do not count. Triton rounds it to
             qkv's dtype, as PyTorch's fused attention does, and adds up its gradient in float32.
+        workspace: bytes of scores that Triton's backward has in memory at once, at least those of an image; None: 512
+            MiB. The order in which the bias's gradient is added up hangs on it.
         backend: "triton", "reference" (plain PyTorch), or "auto": "triton" on CUDA, else "reference".
 
     Returns:
         [B, S, H * K] in qkv's dtype. Columns past S get a gradient of 0.
 
     Raises:
-        ValueError: a shape, dtype or device is wrong, or qkv is not contiguous.
+        ValueError: a shape, dtype or device is wrong, qkv is not contiguous, or the workspace is no number of bytes.
     """
     triton_runs = uses_triton(backend, qkv.device)
     _check(qkv, bias, triton_runs)
-    return _forward(qkv, bias)[0] if triton_runs else relative_attention_reference(qkv, bias)
+    if workspace is not None and workspace < 1:
+        raise ValueError(f"relative_attention wants a workspace of at least 1 byte; got {workspace}")
+    return _forward(qkv, bias, workspace or 0)[0] if triton_runs else relative_attention_reference(qkv, bias)
 
 
 def refusal(S: int, K: int) -> str | None:

@@ -26,6 +26,7 @@ def fake(name: str, script: str, seconds: float = PATIENCE_S, needs: tuple[str, 
     return Part(name, "does it?", seconds, needs, ("-c", "import json, os, signal, sys, time\n" + script, "{json}"))
 
 
+MODELS = "step", "tune", "training", "decoding", "encoder"  # parts that want more than the kernels do
 ROWS = "json.dump({'rows': [{'case': 'a case', 'us': 1234.5}]}, open(sys.argv[1], 'w'))\n"
 
 
@@ -48,13 +49,22 @@ def test_without_a_card_it_says_what_it_would_do(tmp_path: Path):
 
 def test_the_plan_is_nine_minutes_and_asks_every_question():
     assert sum(part.seconds for part in PARTS) + GRACE_S <= 9 * 60
-    assert [part.name for part in PARTS] == ["kernels", "step", *QUESTIONS]
+    assert [part.name for part in PARTS] == ["kernels", *MODELS[:3], *QUESTIONS, "ops", *MODELS[3:]]
     # kernels and questions need torch and triton alone, with what tests them
     for part in PARTS:
-        extra = {"kernels": {"numpy", "pytest"}, "step": {"numpy", "pydantic", "yaml"}}.get(part.name, set())
-        assert set(part.needs) == {"torch", "triton"} | extra
+        extra = {"numpy", "pytest"} if part.name == "kernels" else set()
+        extra |= {"numpy", "pydantic", "yaml"} if part.name in MODELS else set()
+        assert set(part.needs) - {"safetensors", "simplejpeg", "PIL", "tqdm"} == {"torch", "triton"} | extra
+        assert part.name == "kernels" or part.command[-2:] == ("--json", "{json}")
     assert all((ROOT / "tests/kernels" / name).exists() for name in gpu.NOT_ON_A_CARD)
     assert ("-n" in PARTS[0].command) == (find_spec("xdist") is not None)
+
+
+def test_large_tensors_are_among_the_kernel_tests():
+    """Of several processes one has them all: together they would not fit into a small card."""
+    assert "test_large.py" not in gpu.NOT_ON_A_CARD and "tests/kernels" in PARTS[0].command
+    assert find_spec("xdist") is None or PARTS[0].command[PARTS[0].command.index("--dist") + 1] == "loadgroup"
+    assert 'pytest.mark.xdist_group("large"),' in (ROOT / "tests/kernels/test_large.py").read_text()
 
 
 def test_the_plan_names_what_is_missing():
@@ -84,6 +94,10 @@ import {module}
         ("benchmarks.gpu", ("torch", "triton", "numpy", "pydantic", "yaml")),
         ("benchmarks.first_hour.__main__", ("pydantic", "yaml", "tyro", "simplejpeg", "deepspeed", "nvidia", "PIL")),
         ("benchmarks.step.__main__", ("tyro", "simplejpeg", "deepspeed", "nvidia", "PIL", "safetensors")),
+        ("benchmarks.tune", ("tyro", "simplejpeg", "deepspeed", "nvidia", "PIL", "safetensors")),
+        ("benchmarks.kernels.__main__", ("pydantic", "yaml", "tyro", "simplejpeg", "deepspeed", "nvidia", "PIL")),
+        ("benchmarks.training", ("tyro", "deepspeed", "nvidia", "skimage", "tensorboard")),
+        ("benchmarks.encoder", ("tyro", "deepspeed", "nvidia", "PIL", "simplejpeg", "safetensors", "tqdm")),
     ],
 )
 def test_parts_need_no_more_than_they_name(module: str, absent: tuple[str, ...]):

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.memory import count_step, main, saved_bytes
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import ModelConfig
+from fastbeit.config.sections import Kernels, ModelConfig
 from fastbeit.engine.memory import Footprint, count_weights, footprint, shared_further
 from fastbeit.model.beit import make_beit
 from fastbeit.model.vit import Block
@@ -104,7 +104,7 @@ def test_a_compiled_block_saves_less():
     """By the MLP's input, which is added up again, 4 D a token: the formula of eager blocks is an upper bound."""
 
     def saved(compiled: bool, B: int) -> int:
-        block = Block(ModelConfig(), None, "sdpa")
+        block = Block(ModelConfig(), None, Kernels(attention="sdpa"))
         if compiled:
             # AOTAutograd's own choice of what to save, without code generation
             block.compile(backend="aot_eager_decomp_partition", dynamic=False)

@@ -10,7 +10,11 @@ from fastbeit_kernels.relative_attention import relative_attention
 
 GIB = 2**30
 room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-pytestmark = pytest.mark.skipif(room < 40 * GIB, reason="wants a GPU with 40 GiB free")
+# one after the other, also where tests run in several processes: each takes some 15 GiB
+pytestmark = [
+    pytest.mark.skipif(room < 40 * GIB, reason="wants a GPU with 40 GiB free"),
+    pytest.mark.xdist_group("large"),
+]
 LIMIT = 2**31
 
 

@@ -38,8 +38,8 @@ def run(fn: Any, inputs: dict[str, Tensor], dtype: torch.dtype, **kwargs: Any) -
     return out.detach(), grad_qkv, grad_bias[..., :S]
 
 
-def run_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return run(relative_attention, *args, backend="triton")
+def run_triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return run(relative_attention, *args, **kwargs, backend="triton")
 
 
 def assert_all_within_budget(inputs: dict[str, Tensor], fast: tuple[Tensor, ...], dtype: torch.dtype) -> None:
@@ -72,8 +72,7 @@ def test_images_in_parts(device: str, images: int, group: int, monkeypatch: pyte
     whole = run_triton(inputs, torch.float32)
     tiles = module.query_tiles(torch.float32, 0) | dict(GROUP=group)
     monkeypatch.setattr(module, "query_tiles", lambda *_: tiles)
-    monkeypatch.setattr(module, "WORKSPACE_BYTES", images * 2 * 20 * 32 * 4)
-    parts = run_triton(inputs, torch.float32)
+    parts = run_triton(inputs, torch.float32, workspace=images * 2 * 20 * 32 * 4)
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
     torch.testing.assert_close(parts[2], whole[2], rtol=1e-5, atol=1e-6)
 
@@ -153,9 +152,9 @@ def test_programs_are_independent_and_write_only_their_own(device: str, monkeypa
 def test_images_do_not_touch_each_other(device: str):
     """An image's result does not depend on what else is in the batch."""
     inputs = make_inputs(device, B=3, S=33)
-    expected = relative_attention(**inputs, backend="triton")[1]
+    expected = relative_attention(inputs["qkv"], inputs["bias"], backend="triton")[1]
     inputs["qkv"][0], inputs["qkv"][2] = 1e3, -1e3
-    assert torch.equal(relative_attention(**inputs, backend="triton")[1], expected)
+    assert torch.equal(relative_attention(inputs["qkv"], inputs["bias"], backend="triton")[1], expected)
 
 
 def test_gradients_in_any_layout(device: str):
@@ -174,10 +173,10 @@ def test_ops_are_good_citizens(device: str):
     inputs = make_inputs(device, B=1, H=1)
     inputs["bias"] = inputs["bias"].nan_to_num()  # compared elsewhere
     qkv, bias = (x.detach().requires_grad_() for x in inputs.values())
-    torch.library.opcheck(torch.ops.fastbeit.relative_attention_fwd.default, (qkv, bias))
+    torch.library.opcheck(torch.ops.fastbeit.relative_attention_fwd.default, (qkv, bias, 0))
     with torch.no_grad():
-        out, lse = torch.ops.fastbeit.relative_attention_fwd(qkv, bias)
-    args = torch.ones_like(out), qkv.detach(), bias.detach(), out, lse
+        out, lse = torch.ops.fastbeit.relative_attention_fwd(qkv, bias, 0)
+    args = torch.ones_like(out), qkv.detach(), bias.detach(), out, lse, 0
     torch.library.opcheck(torch.ops.fastbeit.relative_attention_bwd.default, args)
 
 
@@ -220,6 +219,7 @@ def test_wrong_input_is_named():
         (dict(bias=torch.zeros(2, 20, 20, device="meta")), "on one device; got .* torch.float32 on meta"),
         (dict(qkv=inputs["qkv"].double()), "qkv torch.float32 or .*; got torch.float64"),
         (dict(qkv=inputs["qkv"].transpose(0, 1).contiguous().transpose(0, 1)), "contiguous qkv; got strides"),
+        (dict(workspace=0), "a workspace of at least 1 byte; got 0"),
         (dict(backend="cuda"), "backend wants one of auto, triton, reference; got 'cuda'"),
     ]
     for change, message in wrong:

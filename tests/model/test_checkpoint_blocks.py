@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastbeit.config.pretrain import Config
 from fastbeit.model.beit import Beit, make_beit
+from fastbeit_kernels.backend import INTERPRETED
 from helpers.tiny import SETTINGS
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -18,9 +19,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(checkpoint_blocks: bool, **fields: Any) -> Beit:
+def model_of(checkpoint_blocks: bool, attention: str = "auto", **fields: Any) -> Beit:
     torch.manual_seed(0)
     settings = SETTINGS | {"model": SETTINGS["model"] | fields, "engine": {"checkpoint_blocks": checkpoint_blocks}}
+    settings |= {"kernels": {"attention": attention}}
     return make_beit(Config.model_validate(settings), vocab_size=32)
 
 
@@ -47,6 +49,13 @@ def step(model: Beit, precision: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradients_are_the_same_bits(variant, precision):
     kept, recomputed = (step(model_of(wanted, **VARIANTS[variant]), precision) for wanted in (False, True))
+    torch.testing.assert_close(recomputed, kept, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="interprets the kernel")
+def test_so_they_are_by_our_own_attention():
+    """Not compiled, it is asked for its saved tensors by the checkpoint, which gives each of them once."""
+    kept, recomputed = (step(model_of(wanted, attention="triton"), torch.float32) for wanted in (False, True))
     torch.testing.assert_close(recomputed, kept, rtol=0, atol=0)
 
 

@@ -1,7 +1,7 @@
 """Which kernels a run takes: tried against plain PyTorch, replaced by name, alike on all ranks."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,8 +25,8 @@ def config(**kernels: Any) -> Config:
 
 
 def choose(**kernels: Any) -> tuple[dict[str, str], list[str]]:
-    chosen, lines = chosen_kernels(config(**kernels), 32, World(0, 1, CPU))
-    return asdict(chosen.kernels.by_op), lines
+    chosen = chosen_kernels(config(**kernels), 32, World(0, 1, CPU))
+    return chosen.config.kernels.by_op.implementations, chosen.lines
 
 
 PLAIN = dict(attention="sdpa", masked_embed="reference", loss="reference", masks="reference")
@@ -130,7 +130,7 @@ def test_a_bias_gradient_that_is_wrong_by_one_percent_is_replaced(
     world, told, all_triton = World(0, 1, CPU), [], dict.fromkeys(PLAIN, "triton")
     with monkeypatch.context() as patch:
         as_if_compiled(patch)
-        assert asdict(chosen_kernels(settings, 32, world)[0].kernels.by_op) == all_triton
+        assert chosen_kernels(settings, 32, world).config.kernels.by_op.implementations == all_triton
         as_if_compiled(patch, planted=op)
         patch.setattr(World, "gather", lambda self, items: told.extend(items) or items)
         wrong_here = chosen_kernels(settings, 32, world)
@@ -139,6 +139,6 @@ def test_a_bias_gradient_that_is_wrong_by_one_percent_is_replaced(
         patch.setattr(World, "gather", lambda self, items: [*items, *told])
         wrong_there = chosen_kernels(settings, 32, world)
     assert wrong_here == wrong_there
-    assert asdict(wrong_here[0].kernels.by_op) == all_triton | {op: PLAIN[op]}
-    line = wrong_here[1][-1]
+    assert wrong_here.config.kernels.by_op.implementations == all_triton | {op: PLAIN[op]}
+    line = wrong_here.lines[-1]
     assert f"{op}: {PLAIN[op]}, because triton does not serve: its grad_bias differs from float64's by " in line
