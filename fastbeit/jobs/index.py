@@ -3,23 +3,30 @@
 from pathlib import Path
 
 from fastbeit.data.index.checked import checked_path
-from fastbeit.data.index.scan import build_index
-from fastbeit.errors import DONE
+from fastbeit.data.index.scan import Division, build_index
+from fastbeit.data.index.summary import write_skipped
+from fastbeit.errors import CANNOT_CREATE, DONE, RunError
 
 
-def index(source: Path, output: Path) -> int:
-    """Write the index of a folder, of shards or of tables; returns the exit code.
+def index(source: Path, output: Path, division: Division | None = None) -> int:
+    """Write the index of a folder, of shards or of tables, or two that divide it; returns the exit code.
 
     Raises:
-        DataError: there is no image in it (66).
+        DataError: there is no image in it, or there are too few to be divided (66).
+        RunError: a file cannot be written (73).
     """
-    summary = build_index(source, output)
+    summary = build_index(source, output, division=division)
     print(summary)
+    # what was checked of an earlier index says nothing of this one, even where it is the same: a file may be repaired
+    for path in summary.written:
+        checked_path(path).unlink(missing_ok=True)
     listed = output.with_name(output.name + ".skipped")
-    # those of an earlier index say nothing of this one, even where it is the same: a file may have been repaired
-    for path in (listed, checked_path(output)):
-        path.unlink(missing_ok=True)
-    if summary.skipped:
-        listed.write_text("".join(f"{path!r}: {reason}\n" for path, reason in summary.skipped))
-        print(f"skipped files are listed in {listed}")
+    if not summary.skipped:
+        listed.unlink(missing_ok=True)
+        return DONE
+    try:
+        write_skipped(listed, summary.skipped)
+    except OSError as err:
+        raise RunError(f"'{listed}' cannot be written: {err.strerror or err}", CANNOT_CREATE) from None
+    print(f"skipped files are listed in {listed}")
     return DONE

@@ -55,7 +55,7 @@ def pretrain(config: Config, command: list[str]) -> int:
     check_batch(config.optim, world)
     tokens = Path(config.data.tokens) if config.data.tokens else None
     config, pipeline = settle_pipeline(config, world, Path(config.out), tokens)
-    index = open_index(Path(config.data.index))
+    index = open_index(Path(config.data.index), config.data.levels)
     source = open_token_source(config, index, world.device)
     opened = time.perf_counter()
     chosen, lines = chosen_kernels(config, num_outputs(config, source.vocab_size), world)
@@ -96,7 +96,8 @@ class Pretraining:
         self.rehearsal: Rehearsal | None = Rehearsal(
             self._footprint(), lambda num_images: blank_inputs(config, num_images, world.device)
         )
-        self.val_index = open_index(Path(config.data.val_index)) if config.data.val_index else None
+        val_index, levels = config.data.val_index, config.data.levels
+        self.val_index = open_index(Path(val_index), levels) if val_index else None
         self.looks: list[Look] = [Look("validation", config.log.val_every, self.look)] if self.val_index else []
 
     def make_model(self) -> Beit:
