@@ -135,7 +135,7 @@ def read_wide(image: ImageFile.ImageFile, reopen: Callable[[], ImageFile.ImageFi
     rawmode = _rawmode(image)
     layout, _, order = rawmode.partition(";16")
     if image.mode.startswith("I"):
-        if image.tile[0].codec_name.startswith("ppm") and image.tile[0].args[1:] != (0xFFFF,):
+        if image.tile[0].codec_name.startswith("ppm") and image.tile[0].args != ("L", 0xFFFF):
             return None
         values = np.asarray(image).astype(np.uint16)[..., None]
         return Wide(values, _clear(values, image.info), 12 if rawmode == "I;12" else 16)

@@ -163,6 +163,7 @@ class Pretraining:
         if world.device.type == "cuda":
             gflop = f"{self.flops_per_image / 1e9:.1f} GFLOP an image"
             log.say(f"MFU counts {gflop}: products of this model, without tokenizer or recomputation")
+        log.say(f"index: {self.index.checked}; `fastbeit index check` compares all, and decodes the images")
         log.say(f"visual tokens: {source}")
         if source.agreement is not None:
             log.write({"step": log.first_step, "event": "tokenizer", "agreement_with_fp32": source.agreement})

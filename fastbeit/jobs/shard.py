@@ -140,7 +140,7 @@ def _read_card(out: Path, settings: Settings) -> Shards | None:
         if found != FORMAT:
             raise RunError(f"'{path}' has format {found}, wanted {FORMAT}; choose another -o", USAGE)
         card = Shards.model_validate_json(text)
-    except (ValidationError, ValueError, AttributeError) as err:
+    except (ValidationError, ValueError, AttributeError, RecursionError) as err:
         raise RunError(f"'{path}' is damaged ({str(err).splitlines()[0]}); delete the directory", USAGE) from None
     there, here = card.settings.model_dump(), settings.model_dump()
     changes = [f"{name} was {there[name]}, now {value}" for name, value in here.items() if there[name] != value]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbeit.cli import main
-from fastbeit.config.sections import DataConfig
+from fastbeit.config.sections import DataConfig, Levels
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.labelled import make_eval_loader
@@ -52,7 +52,8 @@ def test_next_to_nothing_of_an_image_is_refused(tmp_path, values, words):
         with pytest.raises(ConfigError, match=words) as caught:
             open_index(path, "high_byte")
         assert caught.value.exit_code == 2
-    for levels in ("image", (0, 4095), None, *([] if words else ["high_byte"])):
+    allowed: list[Levels | None] = ["image", (0, 4095), None]
+    for levels in allowed if words else [*allowed, "high_byte"]:
         assert len(open_index(path, levels)) == 2
 
 
@@ -97,7 +98,8 @@ def test_by_its_own_range_an_image_is_as_bright_as_it_can_be(twelve):
 def test_dali_after_a_check_and_token_views_too(twelve, eight):
     pytest.importorskip("nvidia.dali")
     found = []
-    for path, levels in ((twelve, (15, 4095)), (eight, "high_byte")):
+    told: list[tuple[Path, Levels]] = [(twelve, (15, 4095)), (eight, "high_byte")]
+    for path, levels in told:
         assert check_index(path, 0) == 0
         data = DataConfig(pipeline="dali", num_crops=2, num_workers=0, image_size=(32, 48), levels=levels)
         loader = make_token_loader(data, open_index(path), token_size=(16, 24), seed=5, rows=[range(8)], together=4)

@@ -96,9 +96,17 @@ def label_of(text: str) -> str | int | None:
 
 
 def _number(found: object) -> int | None:
-    """A class's number; None for other values, and below 0, as some write that there is none."""
-    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+    """A class's number; None below 0, as some write that there is none.
+
+    Raises:
+        ValueError: it is no whole number, or too large.
+    """
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if found is None or isinstance(found, bool) or isinstance(found, int) and found < 0:
         return None
+    if not isinstance(found, int):
+        raise ValueError(f"{str(found)[:40]!r} is no class, wanted a whole number or a name")
     if found >= MAX_CLASSES:
         raise ValueError(f"class {found}, at most {MAX_CLASSES - 1} can be")
     return found

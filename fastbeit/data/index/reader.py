@@ -82,6 +82,7 @@ class Index:
         self.heights, self.widths = columns["height"], columns["width"]
         self.labels = columns["label"]
         self._checksums: dict[str, list[int]] = metadata["checksums"]
+        self.checked: Checked | None = None  # how much of it, when `open_index` opened it
         self._columns, self._in_shards = columns, len(columns["file_sizes"]) > 0
         self._root = os.fsencode(self.root)
 
@@ -271,7 +272,7 @@ def open_index(path: Path, levels: Levels | None = None) -> Index:
         ConfigError: these levels would leave next to nothing of its 16-bit images.
     """
     index = Index(path)
-    index.check_sample()
+    index.checked = index.check_sample()
     seen = index.levels_seen()
     if levels == "high_byte" and seen and seen[1] - seen[0] < LEVELS_WANTED << 8:
         low, high = seen

@@ -62,7 +62,7 @@ def _note(path: Path, key: str) -> list | None:
     """What a file that `datasets` writes beside its tables says of a key; None without such a file."""
     try:
         return json.loads(path.read_text()).get(key) if path.is_file() else None
-    except (OSError, ValueError, AttributeError) as err:
+    except (OSError, ValueError, AttributeError, RecursionError) as err:
         raise DataError(f"'{path}' cannot be read: {err}; write the dataset again") from None
 
 
@@ -198,7 +198,7 @@ def _extents(images: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _labels(table: Any, path: Path, first: int) -> list[str | int | None]:
-    """The class of each row; `first` is the row of the file that the table begins with; `DataError` as `_label`."""
+    """The class of each row; `first` is the row of the file that the table begins with."""
     if LABEL not in table.schema.names:
         return [None] * len(table)
     return [_label(value, path, first + row) for row, value in enumerate(table.column(LABEL).to_pylist())]
@@ -363,7 +363,10 @@ def _telling(path: Path) -> Iterator[None]:
 def _features(schema: Any) -> dict[str, Any]:
     """The columns as `datasets` describes them, where it wrote the table."""
     noted = (schema.metadata or {}).get(b"huggingface")
-    return json.loads(noted).get("info", {}).get("features", {}) if noted else {}
+    try:
+        return json.loads(noted).get("info", {}).get("features", {}) if noted else {}
+    except (ValueError, AttributeError, RecursionError) as err:
+        raise DataError(f"what `datasets` notes of a table cannot be read: {err}; write the dataset again") from None
 
 
 def _image_column(schema: Any, path: Path) -> str:

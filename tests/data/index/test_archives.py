@@ -88,6 +88,8 @@ def test_classes_of_a_tar(tmp_path, members, classes):
         ("0.json", b"{", "label cannot be read"),
         ("0.json", b"[" * 100_000, "JSON inside"),
         ("0.json", b'{"label": 99999999}', "class 99999999, at most 1048575"),
+        ("0.json", b'{"label": 1.5}', "'1.5' is no class"),
+        ("0.json", b'{"label": [1, 2]}', "is no class"),
         ("0.cls", b"\xff", "label cannot be read"),
         ("0.cls", b"9" * 5000, "label cannot be read"),
         ("0.cls", bytes(archives.MAX_TEXT_BYTES + 1), "1048577 bytes of text"),
