@@ -106,7 +106,12 @@ def _tokenize(args: list[str]) -> int:
         metavar="key=value",
         help="data.num_crops=K; data.tokens=DIR is where they go (tokens)",
     )
-    parser.add_argument("--info", type=Path, metavar="DIR", help="check the tokens in DIR, and say what they are")
+    parser.add_argument(
+        "--info",
+        type=Path,
+        metavar="DIR",
+        help="compare all tokens in DIR with their checksums (a training compares a sample), and say what they are",
+    )
     options = parser.parse_args(args)
 
     if options.info:
@@ -138,23 +143,37 @@ def _index(args: list[str]) -> int:
         type=Path,
         nargs="+",
         metavar="SOURCE",
-        help="folder of images, flat or with class folders, any depth; tar or zip, or a folder, a 'glob-*.tar' or a "
-        "list 'x-{000..099}.tar' of them, in quotes; Parquet or a folder of `datasets`; text of a path a line, and "
-        "after a TAB its class",
+        help="folder of images, flat or with class folders, any depth; 'photos/*.jpg', in quotes; tar or zip, or a "
+        "folder, a 'glob-*.tar' or a list 'x-{000..099}.tar' of them, in quotes; Parquet or a folder of `datasets`; "
+        "text of a path a line, and after a TAB its class",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="index file to write")
+    parser.add_argument(
+        "--hold-out",
+        type=float,
+        metavar="SHARE",
+        help="write two: of images.idx, images.train.idx and images.val.idx with this share of the images of each "
+        "class, for data.val_index; copies of an image go to one of them",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is held out (0)")
     options = parser.parse_args(args)
     if len(options.source) > 1:
         parser.error(f"one SOURCE is wanted, got {len(options.source)}; put a pattern of files in quotes")
+    if options.hold_out is not None and not 0 < options.hold_out < 1:
+        parser.error(f"--hold-out wants a share between 0 and 1, got {options.hold_out:g}")
 
+    from fastbeit.data.index.scan import Division
     from fastbeit.jobs.index import index
 
-    return index(options.source[0], options.output)
+    division = None if options.hold_out is None else Division(options.hold_out, options.seed)
+    return index(options.source[0], options.output, division)
 
 
 def _check_index(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "fastbeit index check", description="Decode all images of an index; those that are bad are listed."
+        "fastbeit index check",
+        description="Compare all of an index with its checksums, of which a training compares a sample, and decode all "
+        "of its images; those that are bad, or are not those that were indexed, are listed.",
     )
     parser.add_argument("index", type=Path, help="made by `fastbeit index`")
     parser.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes (a core each)")
@@ -181,20 +200,32 @@ def _shard(args: list[str]) -> int:
         help="pixels that the shorter side of an image has at most; the longer one follows (512)",
     )
     parser.add_argument("--quality", type=int, default=90, choices=range(1, 101), metavar="Q", help="of JPEG (90)")
+    parser.add_argument(
+        "--levels",
+        default="high_byte",
+        metavar="LOW,HIGH",
+        help="values of 16-bit images that become 0 and 255; image: the least and largest of each image (high_byte)",
+    )
     parser.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="size of a shard (256)")
     parser.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes (a core each)")
     options = parser.parse_args(args)
     if min(options.max_side, options.shard_mb) < 1:
         parser.error("--max-side and --shard-mb want at least 1")
 
+    from pydantic import ValidationError
+
     from fastbeit.jobs.shard import Settings, shard
 
-    settings = Settings(
-        source=str(options.source.absolute()),
-        max_side=options.max_side,
-        quality=options.quality,
-        shard_mb=options.shard_mb,
-    )
+    try:
+        settings = Settings(
+            source=str(options.source.absolute()),
+            max_side=options.max_side,
+            quality=options.quality,
+            shard_mb=options.shard_mb,
+            levels=options.levels.split(",") if "," in options.levels else options.levels,
+        )
+    except ValidationError as err:
+        parser.error(f"--levels: {err.errors()[0]['msg']}")
     return shard(options.source, options.output, settings, max(1, options.workers), ["fastbeit", "shard", *args])
 
 

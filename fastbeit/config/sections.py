@@ -31,6 +31,16 @@ def _auto_or_count(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         raise ValueError(f"wanted auto, or a number of at least 1; got {value!r}") from None
 
 
+def _one_message(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        found = check(value)
+    except ValidationError:
+        found = None
+    if found is None or (isinstance(found, tuple) and found[0] >= found[1]):
+        raise ValueError(f"wanted high_byte, image, or [low, high] within 0 to 65535; got {value!r}")
+    return found
+
+
 def _on_off(value: Any) -> Any:
     """YAML reads on and off as true and false."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -43,6 +53,13 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 AutoCount = Annotated[Count | Literal["auto"], WrapValidator(_auto_or_count)]
 Pipeline = Literal["auto", "torch", "dali", "pillow"]
+Level = Annotated[int, Field(ge=0, le=0xFFFF)]
+Levels = Annotated[Literal["high_byte", "image"] | tuple[Level, Level], WrapValidator(_one_message)]
+LEVELS = Field(
+    default="high_byte",
+    description="which values of 16-bit images become 0 and 255: high_byte: 0 and 65535; image: the least and the "
+    "largest of each image; [low, high]: these",
+)
 
 
 class Section(BaseModel):
@@ -91,6 +108,7 @@ class DataConfig(Section):
         description="who decodes and resizes; auto: what the run, or data.tokens, was begun with; at the very start "
         "torch",
     )
+    levels: Levels = LEVELS
     num_workers: int = Field(
         default=4, ge=0, description="decoding processes a rank; 0: decode in the training process"
     )

@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from fastbeit.config.sections import (
+    LEVELS,
     Count,
     DataConfig,
     EngineConfig,
+    Levels,
     LogConfig,
     OptimConfig,
     Pipeline,
@@ -66,6 +68,7 @@ class CropsConfig(Section):
     )
     jitter: float = Field(default=0.4, ge=0, le=1, description="as in pre-training")
     pipeline: Pipeline = Field(default="auto", description="as in pre-training")
+    levels: Levels = LEVELS
     num_workers: int = Field(
         default=4, ge=0, description="decoding processes a rank; 0: decode in the training process"
     )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbeit.config.sections import Size
+from fastbeit.config.sections import Levels, Size
 from fastbeit.data.batch import Batch, TokenViews
 from fastbeit.data.dali_graph import DaliError, Given, Views
 from fastbeit.data.decode import Checked, check, check_ends, unpack
@@ -90,8 +90,9 @@ def _bad_of(read: Iterable[Found | Attempt]) -> Bad:
 class Checks:
     """What is made sure of an image before DALI sees it."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, levels: Levels) -> None:
         self._mean_grey = read_checked(index)
+        self._levels: Levels = levels
         self.refused: set[int] = set()  # rows of valid images that DALI does not take
 
     def quick(self, row: int, data: bytes, size: Size, plan: Any) -> Checked:
@@ -103,10 +104,10 @@ class Checks:
         grey = math.nan if self._mean_grey is None else float(self._mean_grey[row])
         if math.isnan(grey) or row in self.refused:
             return self.full(row, data, size, plan)
-        return check_ends(data, size, grey)
+        return check_ends(data, size, grey, self._levels)
 
     def full(self, row: int, data: bytes, size: Size, plan: Any) -> Checked:
-        checked = check(data, size)
+        checked = check(data, size, self._levels)
         return unpack(checked, size) if row in self.refused else checked
 
 
@@ -114,7 +115,7 @@ def _carry_out(
     plans: Plans, rule: Rule, batch_size: int, jobs: Iterable[Any], work: Work
 ) -> Iterator[tuple[Any, list[Any], list[Tensor]]]:
     """Each job, what was read for it, and its views."""
-    checks = Checks(plans.index)
+    checks = Checks(plans.index, rule.levels)
     with _threads(plans) as threads:
         views = Views(plans, rule, batch_size)
         loads = ((job, work.read(job, checks.quick, threads.map)) for job in jobs)

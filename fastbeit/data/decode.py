@@ -2,7 +2,7 @@
 
 Read are JPEG, PNG, WebP, BMP, TIFF and PNM, told by their content and not by their names; of several frames or pages
 the first. EXIF orientation is applied. Grey becomes three equal channels, CMYK and YCCK what Pillow's `convert("RGB")`
-makes of them, transparent pixels are laid on white, 16-bit values keep their high byte (Pillow alone would clip them).
+makes of them, transparent pixels are laid on white, 16-bit values become 8 bits as `data.levels` says (see `pixels`).
 Colour profiles are ignored, as by the authors.
 
 Plain JPEGs are decoded by simplejpeg, strictly: what libjpeg would repair with a warning counts as corrupt. Pillow
@@ -19,8 +19,10 @@ from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
+from fastbeit.config.sections import Levels
+from fastbeit.data.pixels import check_channels, check_meaning, range_of, read_wide, to_rgb
 from fastbeit.errors import BadImage
 
 MAX_PIXELS = 50_000_000
@@ -44,8 +46,14 @@ TRANSPOSES = {
 }
 LUMA = np.array([0.299, 0.587, 0.114])  # grey of RGB, ITU-R 601, as Pillow's mode L
 
+PNG_MAGIC, TIFF_MAGICS = b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_METADATA = 64 << 20  # bytes of a PNG's profile, or of one of its texts, when inflated
+
 # Pillow warns of images that are far over our limit, and goes on; an error is caught below
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# its own limit is 1 MB, which editors' XMP and printers' profiles exceed
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_METADATA
+PngImagePlugin.MAX_TEXT_MEMORY = 2 * MAX_METADATA
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,13 @@ class Decoded:
         return mean_grey(self.pixels, self.size, self.reduce)
 
 
-def decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
+def decode(data: bytes, size: tuple[int, int], levels: Levels = "high_byte") -> np.ndarray:
     """Decode as fast as a CPU can.
 
     Args:
         data: the whole file.
         size: height and width, upright, that the index holds.
+        levels: as `data.levels`.
 
     Returns:
         [height, width, 3] uint8, read-only.
@@ -82,14 +91,14 @@ def decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
     Raises:
         BadImage: corrupt, too large, not an image, or not of this size.
     """
-    return decode_reduced(data, size, 1).pixels
+    return decode_reduced(data, size, 1, levels).pixels
 
 
-def decode_reduced(data: bytes, size: tuple[int, int], reduce: int) -> Decoded:
+def decode_reduced(data: bytes, size: tuple[int, int], reduce: int, levels: Levels = "high_byte") -> Decoded:
     """As `decode`, but smaller by `reduce` (1, 2, 4 or 8) where that is faster: in plain, upright JPEGs."""
     plain = _plain_jpeg_size(data)
     if plain is None:
-        return Decoded(np.asarray(decode_reference(data, size)), size, 1)
+        return Decoded(np.asarray(decode_reference(data, size, levels)), size, 1)
     turn = TRANSPOSES.get(_orientation(data))
     if turn is None:
         _expect(plain, size)
@@ -99,14 +108,14 @@ def decode_reduced(data: bytes, size: tuple[int, int], reduce: int) -> Decoded:
     return Decoded(pixels, size, 1)
 
 
-def decode_reference(data: bytes, size: tuple[int, int]) -> Image.Image:
+def decode_reference(data: bytes, size: tuple[int, int], levels: Levels = "high_byte") -> Image.Image:
     """Decode with Pillow alone, what `decode` accepts; arguments and errors as there, mode RGB."""
     if _jpeg_header(data):
         _scan_jpeg(data)
-    return _decode_with_pillow(data, size)
+    return _decode_with_pillow(data, size, levels)
 
 
-def check(data: bytes, size: tuple[int, int]) -> Checked:
+def check(data: bytes, size: tuple[int, int], levels: Levels = "high_byte") -> Checked:
     """Make sure of an image before DALI sees it, which garbles most damaged JPEGs and says nothing.
 
     A plain, upright JPEG is entropy-decoded whole, at 1/8 of its size, and goes on as it is; anything else is decoded
@@ -117,7 +126,7 @@ def check(data: bytes, size: tuple[int, int]) -> Checked:
     if plain is not None and _orientation(data) not in TRANSPOSES:
         _expect(plain, size)
         return Checked(data, mean_grey(_scan_jpeg(data), size, 8))
-    pixels = decode(data, size)
+    pixels = decode(data, size, levels)
     return Checked(_pnm(pixels), mean_grey(pixels, size))
 
 
@@ -130,7 +139,7 @@ def _pnm(pixels: np.ndarray) -> bytes:
     return b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
 
 
-def check_ends(data: bytes, size: tuple[int, int], mean_grey: float) -> Checked:
+def check_ends(data: bytes, size: tuple[int, int], mean_grey: float, levels: Levels = "high_byte") -> Checked:
     """As `check`, of an image that has passed it before: of a plain, upright JPEG header and end alone are looked at.
 
     Its bytes are then decoded once, by DALI. Only of an image that has passed: of most damage in the middle DALI makes
@@ -138,7 +147,7 @@ def check_ends(data: bytes, size: tuple[int, int], mean_grey: float) -> Checked:
     """
     plain = _plain_jpeg_size(data)
     if plain is None or _orientation(data) in TRANSPOSES or not has_end(data):
-        return check(data, size)
+        return check(data, size, levels)
     _expect(plain, size)
     return Checked(data, mean_grey)
 
@@ -169,6 +178,25 @@ def read_header(file: BinaryIO) -> tuple[int, int]:
     if image.format != "TIFF" and _exif_orientation(image, _in_header(image, file)) in TRANSPOSED:
         return image.width, image.height
     return image.height, image.width
+
+
+def read_range(file: BinaryIO) -> tuple[int, int]:
+    """Least and largest value of an image of 16 bits a channel, which is decoded; (0, 0) of any other.
+
+    Errors as in `decode`. Grey and colours are looked at, opacity and CMYK are not.
+    """
+    file.seek(0)
+    start = file.read(25)
+    # nothing else has 16 bits; most PNGs have not, and need no second look
+    if not start.startswith((*TIFF_MAGICS, b"P")) and not (start.startswith(PNG_MAGIC) and start[24:] == b"\x10"):
+        return 0, 0
+    image = _open(file)
+    try:
+        wide = read_wide(image, lambda: _open(file))
+    except Exception as err:
+        # as in `_exif_orientation`
+        raise BadImage(f"corrupt {image.format}: {err}") from err
+    return range_of(wide) if wide and wide.bits == 16 else (0, 0)
 
 
 def _in_header(image: Image.Image, file: BinaryIO) -> bool:
@@ -264,63 +292,65 @@ def _exif_orientation(image: Image.Image, in_header: bool = False) -> int:
         raise BadImage(f"corrupt EXIF: {err}") from err
 
 
-def _open(file: BinaryIO) -> Image.Image:
+def _open(file: BinaryIO) -> ImageFile.ImageFile:
     try:
         image = Image.open(file, formats=FORMATS)
         _check_limit(image.height, image.width)
-        _check_range(image)
+        check_meaning(image)
         return image
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"too large: over {MAX_PIXELS} pixels") from None
     except UnidentifiedImageError:
-        file.seek(0)
-        if file.read(4).startswith((JPEG_MAGIC, b"II*\0", b"MM\0*")):
-            raise BadImage("JPEG or TIFF of a kind that is not read, such as 12-bit or floating-point") from None
-        raise BadImage("not an image that is read (JPEG, PNG, WebP, BMP, TIFF, PNM)") from None
+        raise BadImage(_why_unknown(file)) from None
     except Exception as err:
         # as in `_exif_orientation`
+        if "MAX_TEXT_CHUNK" in str(err) or "text chunks" in str(err):
+            raise BadImage(f"too large: over {MAX_METADATA >> 20} MiB of metadata") from None
         raise BadImage(f"corrupt: {err}") from err
 
 
-def _decode_with_pillow(data: bytes, size: tuple[int, int]) -> Image.Image:
+def _why_unknown(file: BinaryIO) -> str:
+    """Why Pillow does not know a file."""
+    file.seek(0)
+    start = file.read(16)
+    if start.startswith(TIFF_MAGICS):
+        try:
+            # of a BigTIFF, whose third byte is a 43, the header is twice as long
+            tags = TiffImagePlugin.ImageFileDirectory_v2(start[: 16 if b"+" in start[:4] else 8])
+            file.seek(tags.next)
+            tags.load(file)
+            check_channels(tags)
+        except BadImage as err:
+            return str(err)
+        except Exception as err:
+            # as in `_exif_orientation`
+            return f"corrupt: {err}"
+    if start.startswith((JPEG_MAGIC, *TIFF_MAGICS)):
+        return "JPEG or TIFF of a kind that is not read, such as 12-bit or floating-point"
+    return "not an image that is read (JPEG, PNG, WebP, BMP, TIFF, PNM)"
+
+
+def _decode_with_pillow(data: bytes, size: tuple[int, int], levels: Levels) -> Image.Image:
     image = _open(io.BytesIO(data))
     try:
-        image = _to_rgb(ImageOps.exif_transpose(image))
+        pixels = to_rgb(image, lambda: _open(io.BytesIO(data)), levels)
+    except BadImage:
+        raise
     except Exception as err:
         # as in `_exif_orientation`
         raise BadImage(f"corrupt {image.format}: {err}") from err
-    _expect((image.height, image.width), size)
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    # of a TIFF, Pillow has turned the pixels and forgotten the orientation
+    turn = TRANSPOSES.get(_exif_orientation(image))
+    pixels = pixels.transpose(turn) if turn is not None else pixels
+    _expect((pixels.height, pixels.width), size)
+    return pixels
 
 
 def _check_limit(height: int, width: int) -> None:
     if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
         raise BadImage(f"too large: {width} x {height}; at most {MAX_PIXELS} pixels and {MAX_SIDE} a side")
-
-
-def _check_range(image: ImageFile.ImageFile) -> None:
-    """Refuse pixels that nobody knows how to scale, and those that Pillow reads wrongly."""
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-        raise BadImage("pixels of 32 bits, or with a sign, have no known range; convert them to 8 or 16 bits")
-    if image.format == "PNG" and "transparency" in image.info and ";16" in str(image.tile):
-        raise BadImage("16-bit PNG with one colour for transparent is not read; convert it to 8 bits")
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    in_planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
-    white_is_0 = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
-    if (in_planes or white_is_0) and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8:
-        raise BadImage("16-bit TIFF in planes, or with 0 for white, is not read; convert it to 8 bits")
 
 
 def _expect(size: tuple[int, ...], indexed: tuple[int, int]) -> None:

@@ -96,7 +96,7 @@ def _installed(photos: dict[str, Sequence[str]]) -> list[Path]:
 def _own(source: Path, folder: Path) -> Iterator[tuple[Image.Image, Path]]:
     """As `_packaged`, from all over the folder `source`; what cannot be used is said."""
     print(f"{source}: {build_index(source, folder / 'source.idx')}")
-    index, number = open_index(folder / "source.idx"), 0
+    index, number = open_index(folder / "source.idx", "high_byte"), 0
     if len(index) > MAX_PHOTOS:
         print(f"the demo looks at {MAX_PHOTOS} of them at most, evenly spread")
     for i in range(0, len(index), -(-len(index) // MAX_PHOTOS)):

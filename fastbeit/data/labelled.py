@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastbeit.config.finetune import AugmentConfig
-from fastbeit.config.sections import DataConfig, Size
+from fastbeit.config.sections import DataConfig, Levels, Size
 from fastbeit.data.augment import draw_steps, fill_of, rand_augment
 from fastbeit.data.batch import Batch
 from fastbeit.data.decode import MAX_PIXELS, decode, decode_reference
@@ -98,7 +98,9 @@ class TrainingBatches(Dataset):
 
     def __init__(self, plans: Plans, augment: AugmentConfig) -> None:
         self.plans, self.augment = plans, augment
-        self.views = CpuBatches(plans, Rule(plans.data.image_size, None, plans.data.jitter_on))
+        self.views = CpuBatches(
+            plans, Rule(plans.data.image_size, None, plans.data.jitter_on, levels=plans.data.levels)
+        )
         self.fill = fill_of(plans.data.mean)
 
     def __getitem__(self, step: int) -> Batch:
@@ -116,6 +118,7 @@ class EvalBatches(Dataset):
 
     def __init__(self, data: DataConfig, index: Index) -> None:
         self.index, self.size = index, data.image_size
+        self.levels: Levels = data.levels
         self.decode = decode_reference if data.pipeline == "pillow" else _decode
 
     def __getitem__(self, rows: range) -> Batch:
@@ -132,11 +135,11 @@ class EvalBatches(Dataset):
 
     def _middle(self, i: int) -> np.ndarray:
         size = int(self.index.heights[i]), int(self.index.widths[i])
-        return centre_crop(self.decode(self.index.read_bytes(i), size), self.size)
+        return centre_crop(self.decode(self.index.read_bytes(i), size, self.levels), self.size)
 
 
-def _decode(data: bytes, size: Size) -> Image.Image:
-    return Image.fromarray(decode(data, size))
+def _decode(data: bytes, size: Size, levels: Levels) -> Image.Image:
+    return Image.fromarray(decode(data, size, levels))
 
 
 def _labels(index: Index, sample: np.ndarray) -> Tensor:

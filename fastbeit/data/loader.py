@@ -48,7 +48,7 @@ def make_loader(
     """
     _refuse_auto(data)
     plans = Plans(data, index, batch_size, seed, rank, world_size)
-    rule = Rule(data.image_size, token_size, data.jitter_on)
+    rule = Rule(data.image_size, token_size, data.jitter_on, levels=data.levels)
     steps = range(first_step, num_steps)
     if data.pipeline == "dali":
         return _import_dali().dali_batches(plans, rule, steps)
@@ -71,7 +71,7 @@ def make_token_loader(
     """
     _refuse_auto(data)
     plans = Plans(data, index, 1, seed, 0, 1)
-    rule = Rule(data.image_size, token_size, data.jitter_on, patch_view=False)
+    rule = Rule(data.image_size, token_size, data.jitter_on, patch_view=False, levels=data.levels)
     items = (part[start : start + together] for part in rows for start in range(0, len(part), together))
     if data.pipeline == "dali":
         return _import_dali().dali_token_views(plans, rule, items, together)
@@ -101,13 +101,13 @@ def _refuse_auto(data: DataConfig) -> None:
 
 def torch_photo(data: bytes, size: Size, plans: Iterable[np.void], rule: Rule) -> list[list[np.ndarray]]:
     """The views of an image by each of some plans; raises `BadImage`."""
-    decode_to = cache(partial(decode_reduced, data, size))
+    decode_to = cache(partial(decode_reduced, data, size, levels=rule.levels))
     return [torch_views(decode_to, plan, rule) for plan in plans]
 
 
 def pillow_photo(data: bytes, size: Size, plans: Iterable[np.void], rule: Rule) -> list[list[np.ndarray]]:
     """As `torch_photo`."""
-    image = decode_reference(data, size)
+    image = decode_reference(data, size, rule.levels)
     return [pillow_views(image, plan, rule) for plan in plans]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from fastbeit.config.sections import Size
+from fastbeit.config.sections import Levels, Size
 from fastbeit.data.decode import JPEG_MAGIC, check, decode
 
 
@@ -19,7 +19,7 @@ class Shrunk:
     is_copy: bool  # byte for byte
 
 
-def shrink(data: bytes, size: Size, max_side: int, quality: int) -> Shrunk:
+def shrink(data: bytes, size: Size, max_side: int, quality: int, levels: Levels = "high_byte") -> Shrunk:
     """Re-encode an image file so that its shorter side has at most `max_side` pixels; the aspect ratio is kept.
 
     A JPEG that is so small already is copied, with its EXIF orientation. What is re-encoded is decoded as training
@@ -31,7 +31,7 @@ def shrink(data: bytes, size: Size, max_side: int, quality: int) -> Shrunk:
     if min(size) <= max_side and data.startswith(JPEG_MAGIC):
         check(data, size)
         return Shrunk(data, size, is_copy=True)
-    pixels = decode(data, size)
+    pixels = decode(data, size, levels)
     if min(size) > max_side:
         height, width = (max(1, round(side * max_side / min(size))) for side in size)
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))

@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance
 from torch.nn import functional as F
 from torch.torch_version import TorchVersion
 
-from fastbeit.config.sections import Size
+from fastbeit.config.sections import Levels, Size
 from fastbeit.data.decode import LUMA, Decoded
 
 # one sample's augmentation; fields as `sampling.draw_crops`, `draw_flips` and `draw_jitters` give them
@@ -43,6 +43,7 @@ class Rule:
     token_size: Size | None  # None: no token view is made
     jitter_on: str  # full_image or crop
     patch_view: bool = True  # whether it is made
+    levels: Levels = "high_byte"  # of 16-bit images, as `data.levels`
 
     def views(self) -> Iterator[tuple[Size, str]]:
         """Size and filter of each view that is made, in the order of the results."""

@@ -32,16 +32,18 @@ def check_index(path: Path, num_workers: int) -> int:
         The exit code: done when all are good, else that of bad data.
 
     Raises:
-        DataError: there is no index, or what it was made of is gone (66).
+        DataError: there is no index, it is damaged, or what it was made of is gone (66).
         RunError: either cannot be written (73), or a file brought its decoder down.
         KeyboardInterrupt: stopped by SIGINT or SIGTERM; what an earlier check found then stays.
     """
     index = open_index(path)
+    index.check_whole()
+    print("the index is the one that was written (sha256)", flush=True)
     listed = path.with_name(path.name + ".bad")
     began, num_bad = time.perf_counter(), 0
     mean_grey = np.full(len(index), np.nan)
     try:
-        with aside(listed).open("w") as file:
+        with aside(listed).open("w", encoding="utf-8", errors="backslashreplace") as file:
             for part, found in _look_at_all(index, num_workers):
                 mean_grey[part.start : part.stop] = found.mean_grey
                 # repr, since a name may hold anything

@@ -3,27 +3,31 @@
 from pathlib import Path
 
 from fastbeit.data.index.checked import checked_path
-from fastbeit.data.index.scan import build_index
+from fastbeit.data.index.scan import Division, build_index
+from fastbeit.data.index.summary import write_skipped
 from fastbeit.errors import DONE, writing
-from fastbeit.files import write_whole
 
 
-def index(source: Path, output: Path) -> int:
-    """Write the index of a folder, of shards or of tables; returns the exit code.
+def index(source: Path, output: Path, division: Division | None = None) -> int:
+    """Write the index of a folder, of shards or of tables, or two that divide it; returns the exit code.
 
     Raises:
-        DataError: there is no image in it (66).
-        RunError: the index (73) or the list beside it (74) cannot be written.
+        DataError: there is no image in it, or there are too few to be divided (66).
+        RunError: an index (73) or the list beside it (74) cannot be written.
     """
-    summary = build_index(source, output)
+    summary = build_index(source, output, division=division)
     print(summary)
+    # what was checked of an earlier index says nothing of this one, even where it is the same: a file may be repaired
+    for path in summary.written:
+        checked_path(path).unlink(missing_ok=True)
     listed = output.with_name(output.name + ".skipped")
-    # those of an earlier index say nothing of this one, even where it is the same: a file may have been repaired
     with writing(f"'{listed}'"):
-        for path in (listed, checked_path(output)):
+        # what was checked of an earlier index says nothing of this one, even where it is the same: a file may be
+        # repaired
+        for path in (listed, *map(checked_path, summary.written)):
             path.unlink(missing_ok=True)
         if summary.skipped:
-            write_whole(listed, "".join(f"{path!r}: {reason}\n" for path, reason in summary.skipped))
+            write_skipped(listed, summary.skipped)
     if summary.skipped:
         print(f"skipped files are listed in {listed}")
     return DONE

@@ -57,7 +57,7 @@ def pretrain(config: Config, command: list[str]) -> int:
     check_batch(config.optim, world)
     tokens = Path(config.data.tokens) if config.data.tokens else None
     config, pipeline = settle_pipeline(config, world, Path(config.out), tokens)
-    index = open_index(Path(config.data.index))
+    index = open_index(Path(config.data.index), config.data.levels)
     source = open_token_source(config, index, world.device)
     opened = time.perf_counter()
     before = _before(Path(config.out) / "checkpoints") if world.rank == 0 else None
@@ -107,7 +107,8 @@ class Pretraining:
         self.rehearsal: Rehearsal | None = Rehearsal(
             self._footprint(), lambda num_images: blank_inputs(config, num_images, world.device)
         )
-        self.val_index = open_index(Path(config.data.val_index)) if config.data.val_index else None
+        val_index, levels = config.data.val_index, config.data.levels
+        self.val_index = open_index(Path(val_index), levels) if val_index else None
         self.looks: list[Look] = [Look("validation", config.log.val_every, self.look)] if self.val_index else []
 
     def make_model(self) -> Beit:
@@ -173,6 +174,7 @@ class Pretraining:
         if world.device.type == "cuda":
             gflop = f"{self.flops_per_image / 1e9:.1f} GFLOP an image"
             log.say(f"MFU counts {gflop}: products of this model, without tokenizer or recomputation")
+        log.say(f"index: {self.index.checked}; `fastbeit index check` compares all, and decodes the images")
         log.say(f"visual tokens: {source}")
         if source.agreement is not None:
             log.write({"step": log.first_step, "event": "tokenizer", "agreement_with_fp32": source.agreement})

@@ -23,10 +23,11 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch.utils.data import Dataset
 
-from fastbeit.config.sections import Section
+from fastbeit.config.sections import Levels, Section
 from fastbeit.data.index.archives import IMAGE_SUFFIXES, key_of
 from fastbeit.data.index.reader import Index, is_index, open_index
 from fastbeit.data.index.scan import build_index
+from fastbeit.data.index.summary import write_skipped
 from fastbeit.data.progress import Progress
 from fastbeit.data.shrink import Shrunk, shrink
 from fastbeit.data.workers import load_items
@@ -58,6 +59,7 @@ class Settings(Section):
     max_side: int
     quality: int
     shard_mb: int
+    levels: Levels = "high_byte"  # of 16-bit images, as `data.levels`
 
 
 class Shard(Section):
@@ -115,7 +117,7 @@ def shard(source: Path, out: Path, settings: Settings, num_workers: int, command
         if card and card.done == card.num_images:
             print(f"{_summary(out, card)} (were finished before)")
             return DONE
-        index = _index_of(source, out)
+        index = _index_of(source, out, settings.levels)
         begun = card or Shards(format=FORMAT, settings=settings, index=index.fingerprint, num_images=len(index))
         if begun.index != index.fingerprint:
             raise RunError(f"'{source}' is not what '{out}' was begun with: other images; choose another -o", USAGE)
@@ -149,7 +151,7 @@ def _read_card(out: Path, settings: Settings) -> Shards | None:
         if found != FORMAT:
             raise RunError(f"'{path}' has format {found}, wanted {FORMAT}; choose another -o", USAGE)
         card = Shards.model_validate_json(text)
-    except (ValidationError, ValueError, AttributeError) as err:
+    except (ValidationError, ValueError, AttributeError, RecursionError) as err:
         raise RunError(f"'{path}' is damaged ({str(err).splitlines()[0]}); delete the directory", USAGE) from None
     there, here = card.settings.model_dump(), settings.model_dump()
     changes = [f"{name} was {there[name]}, now {value}" for name, value in here.items() if there[name] != value]
@@ -161,16 +163,16 @@ def _read_card(out: Path, settings: Settings) -> Shards | None:
     return card
 
 
-def _index_of(source: Path, out: Path) -> Index:
+def _index_of(source: Path, out: Path, levels: Levels) -> Index:
     """Made once: what came to the source since the job began is not looked for."""
     if is_index(source):
-        return open_index(source)
+        return open_index(source, levels)
     if not (out / SCANNED).exists():
         summary = build_index(source, out / SCANNED)
         print(summary)
         with writing(f"'{out / SKIPPED}'"):
-            write_whole(out / SKIPPED, "".join(f"{path!r}: {reason}\n" for path, reason in summary.skipped))
-    return open_index(out / SCANNED)
+            write_skipped(out / SKIPPED, summary.skipped)
+    return open_index(out / SCANNED, levels)
 
 
 def _make(index: Index, out: Path, card: Shards, num_workers: int, stop: Stop) -> Shards:
@@ -178,7 +180,7 @@ def _make(index: Index, out: Path, card: Shards, num_workers: int, stop: Stop) -
     settings, first = card.settings, card.done
     together = min(max(index.block_rows, TOGETHER), TOGETHER_AT_MOST)
     parts = [range(start, min(start + together, len(index))) for start in range(first, len(index), together)]
-    answers = load_items(Shrinks(index, settings.max_side, settings.quality), parts, num_workers)
+    answers = load_items(Shrinks(index, settings), parts, num_workers)
     with contextlib.closing(answers), Progress("encoding", len(index), first) as progress:
         writing = Writing(out, index, len(card.shards))
         try:
@@ -219,18 +221,18 @@ class Answer:
 class Shrinks(Dataset):
     """What becomes of a range of rows."""
 
-    def __init__(self, index: Index, max_side: int, quality: int) -> None:
-        self.index, self.max_side, self.quality = index, max_side, quality
+    def __init__(self, index: Index, settings: Settings) -> None:
+        self.index, self.settings = index, settings
 
     def __getitem__(self, rows: range) -> list[Answer]:
         return [self._answer(row) for row in rows]
 
     def _answer(self, row: int) -> Answer:
-        index = self.index
+        index, settings = self.index, self.settings
         size = int(index.heights[row]), int(index.widths[row])
         try:
             data = index.read_bytes(row)
-            return Answer(row, len(data), shrink(data, size, self.max_side, self.quality))
+            return Answer(row, len(data), shrink(data, size, settings.max_side, settings.quality, settings.levels))
         except BadImage as err:
             return Answer(row, 0, None, str(err))
 
@@ -338,8 +340,7 @@ def _finish(out: Path, card: Shards) -> None:
     if len(bad) == card.num_images:
         raise DataError(f"none of the {len(bad)} images is valid, such as {bad[0][0]}: {bad[0][1]}", DATA_MISSING)
     if bad:
-        # repr, since a name may hold anything
-        write_whole(out / BAD, "".join(f"{name!r}: {reason}\n" for name, reason in bad))
+        write_skipped(out / BAD, bad)
     (out / SCANNED).unlink(missing_ok=True)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastbeit import masking
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import Size
+from fastbeit.config.sections import Levels, Size
 from fastbeit.data.decode import decode
 from fastbeit.data.epochs import steps_per_epoch
 from fastbeit.data.index.reader import Index, open_index
@@ -77,7 +77,7 @@ def show(config: Config, output: Path, num_images: int) -> str:
         raise ConfigError("data.index is not set; add data.index=PATH")
     if num_images < 1 or output.suffix.lower() != ".png":
         raise ConfigError(f"a sheet wants at least one image and a name in .png; got {num_images} for '{output}'")
-    index = open_index(Path(config.data.index))
+    index = open_index(Path(config.data.index), config.data.levels)
     world = World(rank=0, size=1, device=device_of(config.engine))
     run, tokens = (Path(path) if path else None for path in (config.out, config.data.tokens))
     config, pipeline = settle_pipeline(config, world, run, tokens)
@@ -148,7 +148,7 @@ def draw_sheet(config: Config, index: Index, seen: Seen, head: str) -> Image.Ima
     for column, title in enumerate(titles):
         write(layout.corner(0, column)[0], GAP + LINE, title, layout.tile[1])
     for row in range(rows):
-        for column, tile in enumerate(_tiles(index, seen, row, layout)):
+        for column, tile in enumerate(_tiles(index, seen, row, layout, config.data.levels)):
             sheet.paste(tile, layout.corner(row, column))
         left, top = layout.corner(row, 0)
         for number, line in enumerate(caption(config, index, seen, row)):
@@ -187,21 +187,21 @@ def _title(name: str, views: np.ndarray) -> str:
     return f"{name}, {views.shape[2]} x {views.shape[1]}" + (f" (x {factor})" if factor > 1 else "")
 
 
-def _tiles(index: Index, seen: Seen, row: int, layout: Layout) -> list[Image.Image]:
+def _tiles(index: Index, seen: Seen, row: int, layout: Layout, levels: Levels) -> list[Image.Image]:
     """What stands in a row, from left to right."""
     image, masked = torch.from_numpy(seen.images[row : row + 1]), torch.from_numpy(seen.masked[row : row + 1])
     patch_size = image.shape[1] // masked.shape[1], image.shape[2] // masked.shape[2]
     views = [seen.images[row], hide(image, masked.flatten(1), patch_size)[0].numpy()]
     if seen.token_images is not None:
         views.insert(1, seen.token_images[row])
-    original = _original(index, int(seen.sample[row]), seen.plans[row]["crop_box"], layout.tile)
+    original = _original(index, int(seen.sample[row]), seen.plans[row]["crop_box"], layout.tile, levels)
     return [original, *(Image.fromarray(enlarged(view)) for view in views)]
 
 
-def _original(index: Index, i: int, crop_box: np.ndarray, tile: Size) -> Image.Image:
+def _original(index: Index, i: int, crop_box: np.ndarray, tile: Size, levels: Levels) -> Image.Image:
     """The whole image, made to fit a tile, with the box drawn."""
     height, width = int(index.heights[i]), int(index.widths[i])
-    image = Image.fromarray(decode(index.read_bytes(i), (height, width)))
+    image = Image.fromarray(decode(index.read_bytes(i), (height, width), levels))
     scale = min(tile[0] / height, tile[1] / width)
     image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BOX)
     top, left, box_height, box_width = (float(value) * scale for value in crop_box)

@@ -58,7 +58,7 @@ def tokenize(config: Config, command: list[str]) -> int:
         raise ConfigError("data.index is not set; add data.index=PATH")
     folder = Path(config.data.tokens or DEFAULT_FOLDER)
     world = start_world(config.engine)
-    index = open_index(Path(config.data.index))
+    index = open_index(Path(config.data.index), config.data.levels)
     config, pipeline = settle_pipeline(config, world, None, folder)
     if world.rank == 0:
         print(pipeline)

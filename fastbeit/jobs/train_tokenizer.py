@@ -53,8 +53,9 @@ def train_tokenizer(
     world = start_world(config.engine)
     check_batch(config.optim.adamw, world)
     config, pipeline = settle_pipeline(config, world, out, None)
-    val_index = open_index(val_index_path) if val_index_path else None
-    task = DvaeTraining(config, world, open_index(index_path), val_index, pipeline)
+    levels = config.data.levels
+    val_index = open_index(val_index_path, levels) if val_index_path else None
+    task = DvaeTraining(config, world, open_index(index_path, levels), val_index, pipeline)
     with claim(out, config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         outcome = train(task, config, world, out, stop, command)

@@ -164,7 +164,7 @@ class CachedTokens:
     def __str__(self) -> str:
         return (
             f"of {self.vocab_size} words, from data.tokens '{self._cache.folder}', made by tokenizer "
-            f"{self.fingerprint[:16]} in {self._cache.card.precision}"
+            f"{self.fingerprint[:16]} in {self._cache.card.precision}; {self._cache.checked}"
         )
 
 

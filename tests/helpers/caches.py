@@ -29,7 +29,7 @@ def files(folder: Path) -> dict[str, bytes]:
     """What stays of a cache, by name; who made it with which command aside."""
     found = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     card = json.loads(found.pop("tokens.json"))
-    return {**found, "tokens.json": json.dumps({**card, "command": ""}).encode()}
+    return {**found, "tokens.json": json.dumps({**card, "command": "", "checksum": ""}).encode()}
 
 
 def facts(log: list[dict]) -> list[tuple]:

@@ -85,6 +85,22 @@ def tiff(values: np.ndarray, **options) -> bytes:
     return buffer.getvalue()
 
 
+def untold(data: bytes) -> bytes:
+    """A TIFF whose ExtraSamples are under a tag that says nothing."""
+    return data.replace(struct.pack("<HH", 338, 3), struct.pack("<HH", 60338, 3))
+
+
+def bmp(values: np.ndarray, header_size: int, masks: tuple[int, ...] = ()) -> bytes:
+    """A BMP with pixels [h, w] of 16 or 32 bits as they are; a header of 40 bytes has its masks behind it."""
+    values = values[::-1]
+    header = struct.pack(
+        "<IiiHHIIiiII", header_size, *values.shape[::-1], 1, 8 * values.itemsize, 3 * bool(masks), *[0] * 5
+    )
+    header = (header + struct.pack(f"<{len(masks)}I", *masks)).ljust(header_size, b"\0")
+    start = 14 + len(header)
+    return struct.pack("<2sIHHI", b"BM", start + values.nbytes, 0, 0, start) + header + values.tobytes()
+
+
 def turned(orientation: int, kind: str, **options) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -254,7 +270,33 @@ def refused() -> dict[str, tuple[bytes, str]]:
         "signed tiff": (tiff(wide_grey.astype(np.int16), photometric="minisblack"), no_range),
         "16-bit tiff, 0 for white": (tiff(wide_grey, photometric="miniswhite"), "0 for white"),
         "16-bit tiff in planes": (tiff(WIDE.transpose(2, 0, 1), photometric="rgb", planarconfig="separate"), "planes"),
-        "16-bit grey png, one clear": (png(wide_grey, 16, 0, struct.pack(">H", 300)), "one colour for transparent"),
-        "16-bit rgb png, one clear": (png(WIDE, 16, 2, struct.pack(">HHH", 1, 2, 3)), "one colour for transparent"),
+        "four bands": (tiff(np.dstack([RGB, GREY]), photometric="rgb", extrasamples=["unspecified"]), "4 channels, of"),
+        "four bands, untold": (untold(tiff(np.dstack([RGB, GREY]), photometric="rgb", extrasamples=[0])), "not there"),
+        "five bands": (tiff(np.dstack([RGB, GREY, GREY]), photometric="rgb", extrasamples=[2, 0]), "5 channels, of"),
+        "four greys": (tiff(np.dstack([RGB, GREY]), photometric="minisblack", planarconfig="contig"), "4 channels, of"),
+        "16-bit bands": (tiff(np.dstack([WIDE, WIDE]), photometric="minisblack", planarconfig="contig"), "6 channels"),
+        "big bands": (
+            tiff(np.dstack([RGB, RGB]), photometric="rgb", extrasamples=[0, 0, 0], bigtiff=True),
+            "6 channels",
+        ),
+        "bands in planes": (
+            tiff(
+                np.stack([*RGB.transpose(2, 0, 1), GREY]), photometric="rgb", planarconfig="separate", extrasamples=[0]
+            ),
+            "4 channels, of",
+        ),
+        "grey and another": (
+            tiff(np.dstack([GREY, GREY]), photometric="minisblack", extrasamples=[0]),
+            "2 channels, of",
+        ),
+        "cmyk and another": (
+            tiff(np.dstack([RGB, GREY, GREY]), photometric="separated", extrasamples=[0]),
+            "5 channels of ink",
+        ),
+        "inks": (
+            tiff(np.dstack([RGB, GREY]), photometric="separated", extratags=[(332, "H", 1, 2, True)]),
+            "4 channels of ink",
+        ),
+        "16-bit bmp with opacity": (bmp(GREY.astype("<u2"), 124, (0x7C00, 0x3E0, 0x1F, 0x8000)), "opacity in pixels"),
         "pfm": (b"Pf\n4 4\n-1.0\n" + bytes(64), no_range),
     }

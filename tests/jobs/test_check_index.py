@@ -32,7 +32,9 @@ def test_all_are_good(tmp_path, capsys, num_workers):
     path = make_index(tmp_path, {f"{i}.jpg": GOOD for i in range(100)})
     (tmp_path / "images.idx.bad").write_text("of another time")
     assert check_index(path, num_workers) == 0
-    assert re.fullmatch(r"100 images decoded in \d+\.\d s, \d+ img/s: all are good\n", capsys.readouterr().out)
+    assert re.fullmatch(
+        r"the index is the one .*\n100 images decoded in \d+\.\d s, \d+ img/s: all are good\n", capsys.readouterr().out
+    )
     assert sorted(os.listdir(tmp_path)) == ["data", "images.idx", "images.idx.checked"]
 
 
@@ -46,13 +48,14 @@ def test_bad_images_are_listed_with_their_reasons(tmp_path, capsys, num_workers)
     (data / "070.jpg").write_bytes(b"no JPEG".ljust(len(GOOD)))
     assert check_index(path, num_workers) == 65
     assert re.fullmatch(
-        r"101 images decoded in .*: 4 are bad, listed in '.*images.idx.bad'; .*\n", capsys.readouterr().out
+        r"the index is the one .*\n101 images decoded in .*: 4 are bad, listed in '.*images.idx.bad'; .*\n",
+        capsys.readouterr().out,
     )
     listed = (tmp_path / "images.idx.bad").read_text().splitlines()
     assert [line.partition("': ")[0] for line in listed] == [
         repr(str(data / name))[:-1] for name in ("007.jpg", "050.jpg", "070.jpg", "x\ny.jpg")
     ]
-    reasons = "changed since it was indexed", "unreadable: No such file", "not an image", "corrupt JPEG"
+    reasons = "changed since it was indexed", "unreadable: No such file", "but others", "corrupt JPEG"
     assert all(reason in line for reason, line in zip(reasons, listed, strict=True))
 
 

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from fastbeit.data.index.members import DEFLATE, MAX_BYTES, PLAIN, Member, Reason, Window
+from fastbeit.data.index.members import DEFLATE, HIDDEN, MAX_BYTES, PLAIN, Member, Reason, Window
 
 IMAGE_SUFFIXES = b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff", b".ppm", b".pgm", b".pbm", b".pnm"
 CLASS, JSON = b"cls", b"json"
@@ -96,9 +96,17 @@ def label_of(text: str) -> str | int | None:
 
 
 def _number(found: object) -> int | None:
-    """A class's number; None for other values, and below 0, as some write that there is none."""
-    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+    """A class's number; None below 0, as some write that there is none.
+
+    Raises:
+        ValueError: it is no whole number, or too large.
+    """
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if found is None or isinstance(found, bool) or isinstance(found, int) and found < 0:
         return None
+    if not isinstance(found, int):
+        raise ValueError(f"{str(found)[:40]!r} is no class, wanted a whole number or a name")
     if found >= MAX_CLASSES:
         raise ValueError(f"class {found}, at most {MAX_CLASSES - 1} can be")
     return found
@@ -127,7 +135,7 @@ def _tar_entries(file: io.FileIO) -> Iterator[Entry | Reason]:
                 name = os.fsencode(info.name)
                 if reason := _tar_reason(info, total) or ("duplicate key" if name in seen else None):
                     yield info.name, reason
-                elif info.isfile() and not name.rpartition(b"/")[2].startswith(b"."):
+                elif info.isfile():
                     seen.add(name)
                     yield Entry(name, info.offset_data, info.size)
                 if tar.offset <= last:
@@ -137,7 +145,7 @@ def _tar_entries(file: io.FileIO) -> Iterator[Entry | Reason]:
             if reason := _tar_end(window, tar.offset, total):
                 yield "", reason
     except (tarfile.TarError, ValueError, OverflowError, UnicodeError) as err:
-        yield "", f"no tar, or cut short after byte {last}: {err}; the members before that are used"
+        yield "", f"no tar, or cut short: after byte {last}: {err}; the members before that are used"
 
 
 def _tar_reason(info: tarfile.TarInfo, total: int) -> str | None:
@@ -145,9 +153,11 @@ def _tar_reason(info: tarfile.TarInfo, total: int) -> str | None:
     if info.isdir():
         return None
     if info.issym() or info.islnk():
-        return f"a link, to '{info.linkname}'"
+        return f"a link: to '{info.linkname}'"
     if not info.isfile() or info.issparse():
         return "not a regular file"
+    if info.name.rpartition("/")[2].startswith("."):
+        return HIDDEN
     return _outside(info.name) or _too_long(info.size, info.offset_data, total)
 
 
@@ -170,10 +180,10 @@ def _tar_end(window: _Headers, offset: int, total: int) -> str | None:
     if len(block) < TAR_BLOCK:
         return f"cut short: it has {total} bytes and no end mark; the members before that are used"
     if any(block):
-        return f"damaged header at byte {offset}; the members from there on are not used"
+        return f"damaged header: at byte {offset}; the members from there on are not used"
     while block := window.read(MAX_TEXT_BYTES):
         if any(block):
-            return f"more data after the end mark, at byte {offset}: tars put together are not read, only the first"
+            return f"more data after the end mark: at byte {offset}; tars put together are not read, only the first"
     return None
 
 
@@ -222,7 +232,7 @@ def _zip_directory(file: io.FileIO, total: int) -> tuple[int, int, int]:
 
 
 def _zip_member(file: io.FileIO, entries: BinaryIO, entry: bytes, shift: int, total: int) -> Member | Reason | None:
-    """What an entry of the directory, and its name in `entries`, say; None for what is passed over in silence."""
+    """What an entry of the directory, and its name in `entries`, say; None for a folder."""
     magic, flags, method, num_packed, num_bytes, name_bytes, extra_bytes, comment_bytes, mode, offset = (
         ZIP_ENTRY.unpack(entry)
     )
@@ -232,8 +242,10 @@ def _zip_member(file: io.FileIO, entries: BinaryIO, entry: bytes, shift: int, to
     entries.read(comment_bytes)
     name = raw.decode("utf-8" if flags & ZIP_UTF8 else "cp437", "surrogateescape")
     num_bytes, num_packed, offset = _zip64(extra, [num_bytes, num_packed, offset])
-    if name.endswith("/") or name.rpartition("/")[2].startswith("."):
+    if name.endswith("/"):
         return None
+    if name.rpartition("/")[2].startswith("."):
+        return name, HIDDEN
     local = os.pread(file.fileno(), ZIP_LOCAL.size, offset + shift)
     if len(local) < ZIP_LOCAL.size or not local.startswith(b"PK\3\4"):
         return name, "corrupt: its place in the directory is wrong"

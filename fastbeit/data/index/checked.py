@@ -4,20 +4,22 @@ A safetensors file; its one tensor, of n images:
 
     mean_grey  float64 [n]  mean luma of the whole image, as `decode.check` gives it; NaN: the image is bad
 
-The metadata hold the format version and the fingerprint of the index. What was found for another index says nothing.
+The metadata hold the format version, the fingerprint of the index and a checksum. What was found for another index, or
+cannot be read any more, says nothing: images are then checked when they are used.
 """
 
 import json
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from fastbeit.data.index.reader import Index
-from fastbeit.errors import DataError
 from fastbeit.files import aside, put_in_place
 
-FORMAT = "fastbeit-checked-1"
+FORMAT = "fastbeit-checked-2"
 
 
 def checked_path(index: Path) -> Path:
@@ -26,38 +28,36 @@ def checked_path(index: Path) -> Path:
 
 def write_checked(index: Index, mean_grey: np.ndarray) -> None:
     path = checked_path(index.location)
-    metadata = {"format": FORMAT, "index": index.fingerprint}
-    save_file({"mean_grey": mean_grey.astype(np.float64, copy=False)}, aside(path), metadata)
+    mean_grey = mean_grey.astype(np.float64, copy=False)
+    metadata = {"format": FORMAT, "index": index.fingerprint, "crc32": str(zlib.crc32(mean_grey.data))}
+    save_file({"mean_grey": mean_grey}, aside(path), metadata)
     put_in_place(path)
 
 
 def read_checked(index: Index) -> np.ndarray | None:
-    """`mean_grey` of an index, mapped; None: it was not checked since it was made.
-
-    Raises:
-        DataError: the file is damaged or of another version.
-    """
+    """`mean_grey` of an index, mapped; None: it was not checked since it was made, or what was found cannot be read."""
     path = checked_path(index.location)
     try:
         mapped = np.memmap(path, np.uint8, mode="r")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as err:
-        raise _unusable(path, str(err)) from None
-    try:
         start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
         header = json.loads(mapped[8:start].tobytes())
         metadata = header["__metadata__"]
         if metadata["format"] != FORMAT:
-            raise _unusable(path, f"format {metadata['format']}, wanted {FORMAT}")
+            raise ValueError(f"format {metadata['format']}, wanted {FORMAT}")
         if metadata["index"] != index.fingerprint:
             return None
         first, _ = header["mean_grey"]["data_offsets"]
-        return np.ndarray(len(index), np.float64, mapped.data, start + first)
-    except (ValueError, KeyError, TypeError) as err:
-        raise _unusable(path, f"damaged or cut short, {err}") from None
-
-
-def _unusable(path: Path, problem: str) -> DataError:
-    index = path.with_suffix("")
-    return DataError(f"'{path}' cannot be used ({problem}); make it again: fastbeit index check {index}, or delete it")
+        mean_grey = np.ndarray(len(index), np.float64, mapped.data, start + first)
+        if zlib.crc32(mean_grey.data) != int(metadata["crc32"]):
+            raise ValueError("it differs from its checksum")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
+        print(
+            f"'{path}' is passed over ({str(err) or type(err).__name__}): each image is checked when it is used; to "
+            f"make it again: fastbeit index check {index.location}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+    return mean_grey

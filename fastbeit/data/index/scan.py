@@ -1,9 +1,10 @@
 """One look at every image of a source, and the index of those that can be used.
 
-Only both ends of an image are read: one that is damaged in its middle is found when it is first used, or by `fastbeit
-index check`. While 10 M images of 30-letter names are scanned, 1.3 GB of memory are in use: their columns, as they will
-be written, and the names of the files that the source lists. An archive wants 100 bytes more for each image in it while
-it is read, to tell duplicates.
+Only both ends of an image are read, and a little of its middle: one that is damaged there is found when it is first
+used, or by `fastbeit index check`. Images of 16 bits a channel are decoded, to say what values they have. While 10 M
+images of 30-letter names are scanned, 1.4 GB of memory are in use: their columns, as they will be written, and the
+names of the files that the source lists. An archive wants 100 bytes more for each image in it while it is read, to tell
+duplicates.
 """
 
 import io
@@ -13,7 +14,7 @@ import stat
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,37 +23,33 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from tqdm import tqdm
 
-from fastbeit.data.decode import TAIL_BYTES, check, check_end, read_header
+from fastbeit.data.decode import TAIL_BYTES, check, check_end, read_header, read_range
 from fastbeit.data.index import tables
-from fastbeit.data.index.members import MAX_BYTES, PLAIN, TABLE, Member, Reason, Window, inflate
+from fastbeit.data.index.hold_out import hold_out
+from fastbeit.data.index.members import (
+    MAX_BYTES,
+    PLAIN,
+    TABLE,
+    Inflated,
+    Member,
+    Reason,
+    Window,
+    content_sample,
+    most_bytes,
+)
 from fastbeit.data.index.sources import Source, open_source
-from fastbeit.data.index.writer import Rows, write_index
+from fastbeit.data.index.summary import Summary, sort_skipped
+from fastbeit.data.index.writer import Look, Rows, Table, make_table, write_index
 from fastbeit.errors import CANNOT_CREATE, BadImage, DataError, RunError
 from fastbeit.files import aside, try_to_write
 
 THREADS = 16  # headers are read one small piece a file: the storage's latency is what is waited for
 TOGETHER = 16  # images that a thread takes at a time
 SAY_EVERY_S = 10
-SHOWN = 20  # skipped files that are printed
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `build_index` found."""
-
-    num_images: int
-    num_classes: int
-    skipped: list[Reason]  # path relative to the source, and why
-
-    def __str__(self) -> str:
-        found = f"{self.num_images} images" + f" in {self.num_classes} classes" * bool(self.num_classes)
-        kinds = Counter(reason.partition(":")[0] for _, reason in self.skipped).most_common()
-        counts = "".join(f"\n  {number} x {kind}" for kind, number in kinds) if len(kinds) > 1 else ""
-        listed = [f"  {path!r}: {reason}" for path, reason in self.skipped[:SHOWN]]
-        more = [f"  and {len(self.skipped) - SHOWN} more"] if len(self.skipped) > SHOWN else []
-        return "\n".join([f"{found}, {len(self.skipped)} files skipped" + ":" * bool(listed) + counts, *listed, *more])
+INFLATED_BUFFER = 1 << 20  # bytes
 
 
 @dataclass
@@ -64,8 +61,21 @@ class Part:
     done: int = 0  # files, or bytes of a file of several images
 
 
-def build_index(source: Path, output: Path, progress: bool = True) -> Summary:
-    """List the images of a source, which `sources` describes, in the order of their paths, and write them to `output`.
+@dataclass(frozen=True)
+class Division:
+    """How images are held out."""
+
+    share: float  # in (0, 1)
+    seed: int = 0
+
+    def outputs(self, output: Path) -> list[Path]:
+        """`images.train.idx` and `images.val.idx` for `images.idx`."""
+        return [output.with_name(f"{output.stem}.{part}{output.suffix}") for part in ("train", "val")]
+
+
+def build_index(source: Path, output: Path, progress: bool = True, division: Division | None = None) -> Summary:
+    """List the images of a source, which `sources` describes, in the order of their paths, and write them to `output`;
+    with a division, to two files beside it.
 
     The class of an image is what is written of it: in a text list, in a table, in a `.cls` or `.json` beside it. Where
     nothing is written of any, it is the first folder of its path; images beside those folders have label -1.
@@ -76,9 +86,11 @@ def build_index(source: Path, output: Path, progress: bool = True) -> Summary:
     """
     opened = open_source(source)
     rows, skipped = Rows(), opened.skipped
+    outputs = division.outputs(output) if division else [output]
     with _writing(output):
         # not to find out after hours
-        try_to_write(output)
+        for path in outputs:
+            try_to_write(path)
     try:
         for part in _examine_all(opened, progress):
             rows.extend(part.rows)
@@ -88,12 +100,26 @@ def build_index(source: Path, output: Path, progress: bool = True) -> Summary:
             raise DataError(
                 f"no image in '{source}'" + (f"; {len(skipped)} files skipped, such as {reasons}" if skipped else "")
             )
+        whole = make_table(rows, opened, len(skipped))
+        parts = [whole]
+        if division:
+            held_out = hold_out(whole, division.share, division.seed)
+            parts = [whole.select(~held_out), whole.select(held_out)]
         with _writing(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            num_classes = write_index(rows, opened, len(skipped), output)
+            for table, path in zip(parts, outputs, strict=True):
+                write_index(table, path)
     finally:
-        aside(output).unlink(missing_ok=True)
-    return Summary(len(rows), num_classes, skipped)
+        for path in outputs:
+            aside(path).unlink(missing_ok=True)
+    return _summary(whole, skipped, {path: len(table) for table, path in zip(parts, outputs, strict=True)})
+
+
+def _summary(table: Table, skipped: list[Reason], written: dict[Path, int]) -> Summary:
+    low, high = table.columns["low"], table.columns["high"]
+    wide = np.flatnonzero(high)
+    levels = (int(low[wide].min()), int(high[wide].max())) if len(wide) else (0, 0)
+    return Summary(len(table), len(table.class_names), sort_skipped(skipped), len(wide), levels, written)
 
 
 @contextmanager
@@ -160,7 +186,7 @@ def _examine_files(source: Source, numbers: range) -> Part:
                 if not stat.S_ISREG(status.st_mode):
                     raise BadImage("not a regular file")
                 member = Member(name, 0, status.st_size, PLAIN, source.label_of(number))
-                part.rows.add(number, member, _examine(file, status.st_size))
+                part.rows.add(number, member, _look(file, status.st_size, file.fileno(), member))
         except BadImage as err:
             part.skipped.append((os.fsdecode(name), str(err)))
         except OSError as err:
@@ -185,7 +211,7 @@ def _examine_members(source: Source, number: int, members: Iterable[Member | Rea
                     continue
                 part.done += member.size
                 try:
-                    part.rows.add(number, member, _examine(*_open_member(file, path, member)))
+                    part.rows.add(number, member, _look_at_member(file, path, member))
                 except BadImage as err:
                     part.skipped.append((f"{file_name}: {os.fsdecode(member.name)}", str(err)))
     except OSError as err:
@@ -193,36 +219,61 @@ def _examine_members(source: Source, number: int, members: Iterable[Member | Rea
     return part
 
 
-def _open_member(file: io.FileIO, path: Path, member: Member) -> tuple[BinaryIO, int]:
-    """An image inside a file, as a file, and its length."""
-    if member.packed == PLAIN:
-        window = Window(file.fileno(), member.offset, member.size)
-        return io.BufferedReader(window), member.size
+def _look_at_member(file: io.FileIO, path: Path, member: Member) -> Look:
+    """What is seen of an image inside a file."""
     if member.packed == TABLE:
         data = tables.read_row(path, member.offset)
-    else:
-        data = inflate(os.pread(file.fileno(), member.size, member.offset))
-    return io.BytesIO(data), len(data)
+        sample = content_sample(lambda start, length: data[start : start + length], len(data))
+        return Look(*_examine(io.BytesIO(data), len(data)), sample)
+    if member.packed == PLAIN:
+        return _look(
+            io.BufferedReader(Window(file.fileno(), member.offset, member.size)), member.size, file.fileno(), member
+        )
+    inflated = Inflated(file.fileno(), member.offset, member.size)
+    # most images fit into the buffer, and are inflated once to be counted and once to be looked at
+    return _look(io.BufferedReader(inflated, INFLATED_BUFFER), inflated.length(), file.fileno(), member)
 
 
-def _examine(file: BinaryIO, size: int) -> tuple[int, int]:
-    """Upright height and width of an image file; `BadImage` when it cannot be used."""
+def _look(image: BinaryIO, num_bytes: int, descriptor: int, member: Member) -> Look:
+    """What is seen of an image of so many bytes that is kept in an open file."""
+    size = _examine(image, num_bytes)
+    # of the bytes as they are kept
+    sample = content_sample(
+        lambda start, length: os.pread(descriptor, min(length, member.size - start), member.offset + start), member.size
+    )
+    return Look(*size, sample)
+
+
+def _examine(file: BinaryIO, size: int) -> tuple[int, int, int, int]:
+    """Upright height and width of an image file, least and largest value; `BadImage` when it cannot be used."""
     if not size:
         raise BadImage("empty file")
     if size > MAX_BYTES:
         raise BadImage(f"too large: {size} bytes, at most {MAX_BYTES}")
-    start = file.read(4)
-    has_end = any(check_end(start, _tail(file, size, num_bytes)) for num_bytes in TAIL_BYTES)
-    file.seek(0)
     try:
         height, width = read_header(file)
-        if not has_end:
+        most = most_bytes(height, width)
+        if size > most:
+            raise TooLarge(f"too large: {size} bytes for {width} x {height} pixels, at most {most}")
+        if not _has_end(file, size):
             # cut short, or with much appended: only decoding can tell
             file.seek(0)
             check(file.read(), (height, width))
+        return height, width, *read_range(file)
+    except TooLarge:
+        raise
     except BadImage as err:
-        raise (err if has_end else BadImage(f"truncated: {err}")) from None
-    return height, width
+        raise (err if _has_end(file, size) else BadImage(f"truncated: {err}")) from None
+
+
+class TooLarge(BadImage):
+    """Its end is not even looked for."""
+
+
+def _has_end(file: BinaryIO, size: int) -> bool:
+    file.seek(0)
+    start = file.read(4)
+    return any(check_end(start, _tail(file, size, num_bytes)) for num_bytes in TAIL_BYTES)
 
 
 def _tail(file: BinaryIO, size: int, num_bytes: int) -> bytes:

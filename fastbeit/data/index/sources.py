@@ -5,13 +5,16 @@
     a.tar, a.zip        one archive
     'shards-*.tar'      those that there are, by name
     'a-{000..099}.tar'  those that are listed, each of which must be there
+    'photos/*/*.jpg'    images by a pattern; ** stands for folders of any depth
     Parquet, datasets   see `tables`
     list.txt            a path a line, and after a TAB its class; relative to the list's folder, or absolute
 
 A source is opened before anything is examined: it knows its files by then, and nothing of the images in them.
 """
 
+import codecs
 import glob
+import itertools
 import os
 import re
 import sys
@@ -25,12 +28,12 @@ import numpy as np
 
 from fastbeit.data.index import tables
 from fastbeit.data.index.archives import IMAGE_SUFFIXES, label_of, read_tar, read_zip
-from fastbeit.data.index.members import Member, Reason
+from fastbeit.data.index.members import HIDDEN, Member, Reason
 from fastbeit.errors import DataError
 
 WANTED = (
-    "a folder of images, archives (.tar, .zip, 'shards-*.tar', 'shards-{000..099}.tar'), tables (Parquet, a folder of "
-    "`datasets`), or a text that lists images"
+    "a folder of images, a pattern of them ('photos/*.jpg'), archives (.tar, .zip, 'shards-*.tar', "
+    "'shards-{000..099}.tar'), tables (Parquet, a folder of `datasets`), or a text that lists images"
 )
 ARCHIVES = {".tar": read_tar, ".zip": read_zip}
 ARCHIVE_NAMES = b".tar", b".zip", b".tar.gz", b".tgz"
@@ -38,6 +41,8 @@ ARCHIVE_ROWS = 1024  # of successive members, read together: about a shard of a 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
+SEPARATORS = {b",": "a comma", b";": "a semicolon", b"|": "a bar", b" ": "a space"}
+LINES_TRIED = 100  # of a list, for other separators than TAB
 
 
 class Names:
@@ -74,6 +79,7 @@ class Source:
     label_of: Callable[[int], str | int | None] = lambda number: None  # of a file, where that is written
     class_names: list[str] | None = None  # what numbers for labels stand for, where that is written
     block_rows: int = 1
+    folders_are_classes: bool = True  # where no label is written of any image
     shared_folders: bool = False  # folders that all images lie in may come first, and are no classes
     skipped: list[Reason] = field(default_factory=list)
 
@@ -97,7 +103,10 @@ def open_source(source: Path) -> Source:
     paths = [Path(path) for pattern in _expand(str(source)) for path in _matches(pattern)]
     if not paths:
         raise DataError(f"'{source}' does not exist; an index is made of {WANTED}")
-    return _of_tables(paths) if all(path.name.endswith(tables.SUFFIXES) for path in paths) else _of_archives(paths)
+    if all(path.name.endswith(tables.SUFFIXES) for path in paths):
+        return _of_tables(paths)
+    are_archives = any(path.name.lower().endswith(tuple(map(os.fsdecode, ARCHIVE_NAMES))) for path in paths)
+    return _of_archives(paths) if are_archives or _is_archive(paths[0]) else _of_files(str(source), paths)
 
 
 def _expand(pattern: str) -> Iterator[str]:
@@ -122,6 +131,25 @@ def _matches(pattern: str) -> list[str]:
     if not os.path.exists(pattern):
         raise DataError(f"'{pattern}' does not exist; an index is made of {WANTED}")
     return [pattern]
+
+
+def _is_archive(path: Path) -> bool:
+    return path.is_file() and bool(_kind(path))
+
+
+def _of_files(pattern: str, paths: list[Path]) -> Source:
+    """Images that a pattern names; what stands before its first special letter is their root, as if it were indexed."""
+    before = re.split(r"[*?\[{]", pattern)[0]
+    source = Source(Path(os.path.abspath(os.path.dirname(before) or ".")), Names())
+    for path in paths:
+        name = os.path.relpath(os.path.abspath(path), source.root)
+        if path.is_dir():
+            source.skipped.append(
+                (name, "a folder: 'FOLDER/**/*.jpg' finds its images, and so does FOLDER as the source")
+            )
+        else:
+            source.names.append(os.fsencode(name))
+    return source
 
 
 def _archives_in(folder: Path) -> list[Path]:
@@ -190,11 +218,15 @@ def _below_common_folder(paths: list[Path]) -> tuple[Path, Names, list[int]]:
 def _of_list(path: Path) -> Source:
     """The images that a text names; one that it names twice counts twice."""
     with path.open("rb") as file:
-        if b"\0" in file.read(4096):
-            raise DataError(f"'{path}' is no text; an index is made of {WANTED}")
+        head = file.read(4096)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"'{path}' is a text in UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    if b"\0" in head:
+        raise DataError(f"'{path}' is no text; an index is made of {WANTED}")
     common = _common_folder(path)
     root = Path(os.fsdecode(common)) if common else Path(os.path.abspath(path)).parent
-    source = Source(root, Names(), shared_folders=True)
+    _refuse_other_separators(path)
+    source = Source(root, Names(), folders_are_classes=False)
     classes: dict[str | int | None, int] = {}
     labels = array("i")
     for name, text in _lines(path):
@@ -213,10 +245,31 @@ def _of_list(path: Path) -> Source:
 def _lines(path: Path) -> Iterator[tuple[bytes, str]]:
     """Path and class, which may be "", of each line."""
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file):
+            # a sign of UTF-8 that some editors write before the first
+            line = line if number else line.removeprefix(codecs.BOM_UTF8)
             name, _, label = line.rstrip(b"\r\n").partition(b"\t")
             if name.strip() and not name.startswith(b"#"):
                 yield name, os.fsdecode(label.strip())
+
+
+def _refuse_other_separators(path: Path) -> None:
+    """
+    Raises:
+        DataError: paths and classes are parted by something else than TAB.
+    """
+    folder = os.fsencode(os.path.dirname(os.path.abspath(path)))
+    for name, label in itertools.islice(_lines(path), LINES_TRIED):
+        if label or os.path.exists(os.path.join(folder, name)):
+            continue
+        for separator, called in SEPARATORS.items():
+            # before the first or the last of them, as names may have some too
+            for first in {name.partition(separator)[0], name.rpartition(separator)[0]}:
+                if first and os.path.isfile(os.path.join(folder, first.strip(b' "'))):
+                    raise DataError(
+                        f"'{path}' parts paths and classes by {called} ('{os.fsdecode(name)}'); wanted a TAB: "
+                        "PATH<TAB>CLASS"
+                    )
 
 
 def _common_folder(path: Path) -> bytes | None:
@@ -232,7 +285,7 @@ def _common_folder(path: Path) -> bytes | None:
 
 
 def _of_folder(source: Path) -> Source:
-    """All files below a folder but those, and the folders, whose names begin with a dot.
+    """All files below a folder; hidden ones, and what is in hidden folders, are skipped.
 
     Links are followed, every folder is read once.
     """
@@ -254,15 +307,15 @@ def _of_folder(source: Path) -> Source:
             kinds = {"folder": [], "file": []}
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if not entry.name.startswith(b"."):
-                        kinds.setdefault(_kind_of(entry), []).append(os.path.join(relative, entry.name))
+                    kind = HIDDEN if entry.name.startswith(b".") else _kind_of(entry)
+                    kinds.setdefault(kind, []).append(os.path.join(relative, entry.name))
         except OSError as err:
             found.skipped.append((os.fsdecode(relative), f"unreadable folder: {err.strerror}"))
             continue
         folders, files = sorted(kinds.pop("folder")), sorted(kinds.pop("file"))
         for name in files:
             found.names.append(name)
-        found.skipped += [(os.fsdecode(name), kind) for kind, names in kinds.items() for name in names]
+        found.skipped += [(os.fsdecode(name), kind) for kind, names in kinds.items() for name in sorted(names)]
         pending.extend(reversed(folders))
     return found
 

@@ -1,12 +1,13 @@
 """Images in tables: Parquet files, and the Arrow files of Hugging Face `datasets`.
 
 A table has one column of images: a struct of `bytes` and `path`, as `datasets` writes it, or bytes alone under one of
-`IMAGE_NAMES`. A column `label`, when there is one, holds numbers or names. Arrow files are laid out in the file as in
-memory, so an image has its own place there and is read like any other. Parquet is decoded a row group at a time; the
-last few stay in memory.
+`IMAGE_NAMES`. A column `label`, when there is one, holds whole numbers or names. Arrow files are laid out in the file
+as in memory, so an image has its own place there and is read like any other. Parquet is decoded a row group at a time;
+the last few stay in memory.
 """
 
 import json
+import math
 import os
 import re
 import threading
@@ -61,7 +62,7 @@ def _note(path: Path, key: str) -> list | None:
     """What a file that `datasets` writes beside its tables says of a key; None without such a file."""
     try:
         return json.loads(path.read_text()).get(key) if path.is_file() else None
-    except (OSError, ValueError, AttributeError) as err:
+    except (OSError, ValueError, AttributeError, RecursionError) as err:
         raise DataError(f"'{path}' cannot be read: {err}; write the dataset again") from None
 
 
@@ -139,7 +140,7 @@ def _read_arrow(path: Path, column: str) -> Iterator[Member | Reason]:
                     )
                 offsets += data.address - start
             rows = range(first, first + len(batch))
-            yield from _members(rows, offsets, sizes, images, paths, _labels(batch), PLAIN)
+            yield from _members(rows, offsets, sizes, images, paths, _labels(batch, path, first), PLAIN)
             first = rows.stop
     if not is_whole:
         yield "", f"cut short after row {first}"
@@ -158,7 +159,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[Member | Reason]:
             sizes,
             images,
             [path and path["path"] for path in paths] or [None] * (end - first),
-            _labels(table),
+            _labels(table, path, first),
             TABLE,
         )
 
@@ -196,14 +197,32 @@ def _extents(images: Any) -> tuple[np.ndarray, np.ndarray]:
     return ends[:-1].copy(), np.diff(ends)
 
 
-def _labels(table: Any) -> list[str | int | None]:
+def _labels(table: Any, path: Path, first: int) -> list[str | int | None]:
+    """The class of each row; `first` is the row of the file that the table begins with."""
     if LABEL not in table.schema.names:
         return [None] * len(table)
-    # -1 is how `datasets` writes that there is none
-    return [
-        value if isinstance(value, str) or isinstance(value, int) and value >= 0 else None
-        for value in table.column(LABEL).to_pylist()
-    ]
+    return [_label(value, path, first + row) for row, value in enumerate(table.column(LABEL).to_pylist())]
+
+
+def _label(value: Any, path: Path, row: int) -> str | int | None:
+    """
+    Raises:
+        DataError: it is neither a whole number nor a name.
+    """
+    value = os.fsdecode(value) if isinstance(value, bytes) else value
+    # as pandas writes whole numbers of which one is missing
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, str):
+        return value or None
+    if isinstance(value, int):
+        # -1 is how `datasets` writes that there is none
+        return int(value) if value >= 0 else None
+    raise DataError(
+        f"'{path}', row {row}: label {value!r} is no class; a column '{LABEL}' wants whole numbers from 0 on, or "
+        "names; drop or rename the column to index the images without classes"
+    )
 
 
 def row_groups(path: Path) -> list[int]:
@@ -344,7 +363,10 @@ def _telling(path: Path) -> Iterator[None]:
 def _features(schema: Any) -> dict[str, Any]:
     """The columns as `datasets` describes them, where it wrote the table."""
     noted = (schema.metadata or {}).get(b"huggingface")
-    return json.loads(noted).get("info", {}).get("features", {}) if noted else {}
+    try:
+        return json.loads(noted).get("info", {}).get("features", {}) if noted else {}
+    except (ValueError, AttributeError, RecursionError) as err:
+        raise DataError(f"what `datasets` notes of a table cannot be read: {err}; write the dataset again") from None
 
 
 def _image_column(schema: Any, path: Path) -> str:

@@ -3,21 +3,39 @@
 import json
 import os
 from array import array
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from fastbeit.checksums import block_sums
 from fastbeit.data.index.archives import MAX_CLASSES
 from fastbeit.data.index.members import Member
-from fastbeit.data.index.reader import COLUMNS, FORMAT, ROW_COLUMNS
+from fastbeit.data.index.reader import COLUMNS, FORMAT, ROW_COLUMNS, fingerprint_of, header_sum
 from fastbeit.data.index.sources import Names, Source
 from fastbeit.errors import DataError
 from fastbeit.files import aside, put_in_place
 
-DTYPES = {np.dtype(np.int64): "I64", np.dtype(np.int32): "I32", np.dtype(np.uint16): "U16", np.dtype(np.uint8): "U8"}
+DTYPES = {
+    np.dtype(np.int64): "I64",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.uint32): "U32",
+    np.dtype(np.uint16): "U16",
+    np.dtype(np.uint8): "U8",
+}
 
 Label = int | str | bytes  # a number, a name, or the folder of an image of which neither is written
+
+
+class Look(NamedTuple):
+    """What was seen of an image."""
+
+    height: int  # upright, in pixels
+    width: int
+    low: int  # least and largest value, of one of 16 bits a channel, else 0
+    high: int
+    sample: int  # `members.content_sample`
 
 
 class Rows:
@@ -31,11 +49,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.names)
 
-    def add(self, number: int, member: Member, size: tuple[int, int]) -> None:
-        """An image of file `number`, of this height and width."""
+    def add(self, number: int, member: Member, look: Look) -> None:
+        """An image of file `number`."""
         label = os.path.dirname(member.name) if member.label is None else member.label
         label = self.labels.setdefault(label, len(self.labels))
-        row = member.offset, member.size, number, label, *size, member.packed
+        row = member.offset, member.size, number, label, *look, member.packed
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
         self.names.append(member.name)
@@ -49,30 +67,63 @@ class Rows:
         self.names.extend(other.names)
 
 
-def write_index(rows: Rows, source: Source, num_skipped: int, output: Path) -> int:
-    """Write the images that were found; returns the number of classes. `DataError` when a class is none."""
+@dataclass(frozen=True)
+class Table:
+    """What an index file holds."""
+
+    source: Source
+    class_names: list[str]
+    columns: dict[str, np.ndarray]
+    num_skipped: int
+
+    def __len__(self) -> int:
+        return len(self.columns["size"])
+
+    def select(self, chosen: np.ndarray) -> "Table":
+        """The images of which `chosen`, [n] bool, is true; classes keep their numbers."""
+        columns = {name: column[chosen] if name in ROW_COLUMNS else column for name, column in self.columns.items()}
+        # of an archive all stay: other images may lie in it
+        names = "member" if self.source.read else "file"
+        ends = self.columns[f"{names}_ends"]
+        lengths = np.diff(ends, prepend=0)
+        columns[f"{names}_names"] = self.columns[f"{names}_names"][np.repeat(chosen, lengths)]
+        columns[f"{names}_ends"] = np.cumsum(lengths[chosen])
+        if not self.source.read:
+            columns["file"] = np.arange(np.count_nonzero(chosen), dtype=np.int32)
+        return replace(self, columns=columns)
+
+
+def make_table(rows: Rows, source: Source, num_skipped: int) -> Table:
+    """The table of the images that were found; `DataError` when a class is none."""
     class_names, classes = _classes(list(rows.labels), source)
-    columns = _make_columns(rows, classes, source)
+    return Table(source, class_names, _make_columns(rows, classes, source), num_skipped)
+
+
+def write_index(table: Table, output: Path) -> None:
+    """Write an index file, whole or not at all."""
+    source, columns = table.source, table.columns
     metadata = {
         "format": FORMAT,
         # JSON, since it can write names that are not UTF-8
         "root": json.dumps(str(source.root)),
-        "class_names": json.dumps(class_names),
+        "class_names": json.dumps(table.class_names),
         "block_rows": str(source.block_rows),
-        "num_images": str(len(rows)),
-        "num_skipped": str(num_skipped),
-        "fingerprint": _fingerprint(columns),
+        "num_images": str(len(table)),
+        "num_skipped": str(table.num_skipped),
+        "fingerprint": fingerprint_of(columns),
+        "checksums": json.dumps({name: block_sums(column) for name, column in columns.items()}),
     }
     _save(columns, metadata, aside(output))
     put_in_place(output)
-    return len(class_names)
 
 
 def _classes(labels: list[Label], source: Source) -> tuple[list[str], list[int]]:
     """The names of the classes, and of each label the class, -1: none."""
     written = [label for label in labels if not isinstance(label, bytes)]
     numbers = [label for label in written if isinstance(label, int)]
-    if not written:
+    if not written and not source.folders_are_classes:
+        names = {}
+    elif not written:
         names = _class_folders([label for label in labels if isinstance(label, bytes)], source.shared_folders)
     elif len(numbers) < len(written):
         names: dict[Label, str] = {label: str(label) for label in written}
@@ -111,14 +162,6 @@ def _make_columns(rows: Rows, classes: list[int], source: Source) -> dict[str, n
     return {name: columns[name].astype(dtype, copy=False) for name, dtype in COLUMNS.items()}
 
 
-def _fingerprint(columns: dict[str, np.ndarray]) -> str:
-    # of the columns, not of the file: the same images moved to another root are the same data
-    digest = sha256()
-    for name in COLUMNS:
-        digest.update(columns[name].data)
-    return digest.hexdigest()
-
-
 def _save(columns: dict[str, np.ndarray], metadata: dict[str, str], path: Path) -> None:
     """As safetensors' own `save_file`, which would hold all columns a second time."""
     header: dict[str, object] = {"__metadata__": metadata}
@@ -129,6 +172,7 @@ def _save(columns: dict[str, np.ndarray], metadata: dict[str, str], path: Path) 
             "shape": list(column.shape),
             "data_offsets": [end, end := end + column.nbytes],
         }
+    metadata["header_sum"] = str(header_sum(header))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -70,7 +70,7 @@ def describe(cache: TokenCache) -> str:
         "words": f"{in_use} of {recipe.vocab_size} in use, perplexity {math.exp(census.entropy):.1f}",
         "entropy": f"{census.entropy:.4f} nats a token: the baseline to beat, of a model that sees no image; "
         f"ln {recipe.vocab_size} = {math.log(recipe.vocab_size):.4f}",
-        "files": "are those that were written (sha256)",
+        "files": "are those that were written (sha256 of all)",
     }
     return "\n".join([*(f"{name:<10} {text}" for name, text in lines.items()), "", *_chart(census.histogram)])
 

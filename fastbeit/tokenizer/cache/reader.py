@@ -2,7 +2,7 @@
 
 A directory; n images, K crops of each, the token view of each crop in N tokens:
 
-    tokens.json         `Card`: what the tokens are of, and the sha256 of each view's file; written last
+    tokens.json         `Card`: what the tokens are of, and checksums of it and of each view's file; written last
     view-000.npy        uint16 [n, N]: row i holds the tokens of image i of the index in view 0, in row-by-row order;
                         plain NumPy, `np.load(..., mmap_mode="r")` reads it; all BAD where the image could not be read
     bad_samples.jsonl   those images, with their reasons; not there when all are good
@@ -11,6 +11,7 @@ While it is made there are `plan.json` (the card without hashes), `.view-000.npy
 of rows that rank 0 has written, and no `tokens.json`: nothing that reads tokens takes it for whole.
 """
 
+import hashlib
 import io
 import json
 import mmap
@@ -24,16 +25,19 @@ from numpy.lib import format as npy
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from fastbeit.checksums import Checked, check_blocks
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import Count, Fraction, Positive, Section, Size
+from fastbeit.config.sections import Count, Fraction, Levels, Positive, Section, Size
 from fastbeit.data.index.reader import Index
 from fastbeit.errors import DATA_MISSING, USAGE, CacheError, RunError
+from fastbeit.files import read_records
 from fastbeit.tokenizer.protocol import Tokenizer
 
 CARD, PLAN, BAD_SAMPLES = "tokens.json", "plan.json", "bad_samples.jsonl"
-FORMAT = 2
+FORMAT = 3
 BAD = np.iinfo(np.uint16).max  # in place of each token of an image that could not be read
 MAX_VOCAB = BAD  # words 0 to BAD - 1
+AGAIN = "copy it again, or delete the directory and make the tokens again"
 
 
 class Recipe(Section):
@@ -49,6 +53,7 @@ class Recipe(Section):
     jitter: Fraction
     jitter_on: str
     image_size: Size = Field(description="patch view: how large it is decides how small a large photo is decoded")
+    levels: Levels = Field(description="of 16-bit images")
     pipeline: str
     grid: Size = Field(description="tokens down and across")
     token_size: Size = Field(description="token view, height and width in pixels")
@@ -71,6 +76,13 @@ class Card(Section):
     command: str = Field(description="what the user typed")
     num_bad: int = Field(default=0, description="images that could not be read")
     sha256: dict[str, str] = Field(default={}, description="of each view's file; empty while it is made")
+    blocks: dict[str, list[int]] = Field(default={}, description="CRC-32 of each MiB of tokens of each view's file")
+    checksum: str = Field(default="", description="sha256 of all that is said here but this")
+
+    def signed(self) -> "Card":
+        """The same with its checksum."""
+        text = self.model_copy(update={"checksum": ""}).model_dump_json()
+        return self.model_copy(update={"checksum": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def view_path(folder: Path, view: int) -> Path:
@@ -97,6 +109,7 @@ def wanted_of(config: Config, index: Index) -> dict[str, Any]:
         "flip": data.flip,
         "jitter": data.jitter,
         "jitter_on": data.jitter_on,
+        "levels": data.levels,
         "image_size": data.image_size,
         "pipeline": data.pipeline,
         "grid": config.grid,
@@ -125,7 +138,8 @@ def make_recipe(config: Config, index: Index, tokenizer: Tokenizer) -> Recipe:
 class TokenCache:
     """A finished cache, opened; `open_cache` makes one."""
 
-    def __init__(self, folder: Path, card: Card, views: list[np.ndarray]) -> None:
+    def __init__(self, folder: Path, card: Card, views: list[np.ndarray], checked: Checked) -> None:
+        self.checked = checked
         self.folder, self.card, self.recipe = folder, card, card.recipe
         self.vocab_size, self.fingerprint = card.recipe.vocab_size, card.recipe.tokenizer
         self.views = views  # [n, N] uint16 each
@@ -134,7 +148,8 @@ class TokenCache:
         """Tokens [B, N] int64 of images [B] of the index in views [B].
 
         Raises:
-            CacheError: an image had no tokens since it could not be read when they were made.
+            CacheError: an image had no tokens since it could not be read when they were made, or has one that is no
+                word.
         """
         tokens = np.empty((len(sample), self.recipe.num_tokens), np.int64)
         for number in view.unique().tolist():
@@ -143,6 +158,12 @@ class TokenCache:
         bad = tokens[:, 0] == BAD
         if bad.any():
             self._refuse_bad(int(sample[int(bad.argmax())]))
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            row = int(tokens.max(axis=1).argmax())
+            raise CacheError(
+                f"'{view_path(self.folder, int(view[row]))}' is damaged: image {int(sample[row])} has the token "
+                f"{tokens[row].max()}, and words go from 0 to {self.vocab_size - 1}; {AGAIN}"
+            )
         return torch.from_numpy(tokens)
 
     def _refuse_bad(self, sample: int) -> None:
@@ -155,16 +176,16 @@ class TokenCache:
 
 def read_bad_samples(folder: Path) -> dict[int, str]:
     """Row of the index, and path and reason, of the images without tokens."""
-    path = folder / BAD_SAMPLES
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {line["sample"]: line["reason"] for line in map(json.loads, lines)}
+    lines, _ = read_records(folder / BAD_SAMPLES)
+    return {line["sample"]: line["reason"] for line in lines if {"sample", "reason"} <= line.keys()}
 
 
 def open_cache(folder: Path) -> TokenCache:
-    """Map the views of a finished cache; no token is read.
+    """Map the views of a finished cache; of a large one a sample of tokens is compared with their checksums.
 
     Raises:
-        CacheError: there is none (exit code 66), it is not finished, or a file is missing, cut short or another (78).
+        CacheError: there is none (exit code 66), it is not finished, or a file is missing, cut short, damaged or
+            another (78).
     """
     if not (folder / CARD).is_file():
         raise _not_finished(folder)
@@ -181,7 +202,14 @@ def open_cache(folder: Path) -> TokenCache:
         if sys.platform != "win32":
             mapped.madvise(mmap.MADV_RANDOM)
         views.append(np.frombuffer(mapped, "<u2", offset=len(header)).reshape(shape))
-    return TokenCache(folder, card, views)
+    names = [view_path(folder, number).name for number in range(card.recipe.views)]
+    checked = check_blocks(dict(zip(names, views, strict=True)), card.blocks)
+    if checked.damaged:
+        name, place = checked.damaged
+        raise CacheError(
+            f"'{folder / name}' is damaged: the MiB of tokens from byte {place} on differs from its checksum; {AGAIN}"
+        )
+    return TokenCache(folder, card, views, checked)
 
 
 def check_view(path: Path, header: bytes, num_bytes: int) -> None:
@@ -189,17 +217,16 @@ def check_view(path: Path, header: bytes, num_bytes: int) -> None:
     Raises:
         CacheError: the file is missing, has another size, or begins in another way.
     """
-    again = "copy it again, or delete the directory and make the tokens again"
     try:
         with path.open("rb") as file:
             found = file.read(len(header))
         found_bytes = path.stat().st_size
     except OSError as err:
-        raise CacheError(f"'{path}' cannot be read: {err.strerror}; {again}") from err
+        raise CacheError(f"'{path}' cannot be read: {err.strerror}; {AGAIN}") from err
     if found_bytes != num_bytes:
-        raise CacheError(f"'{path}' wants {num_bytes} bytes, has {found_bytes}: it was cut short or replaced; {again}")
+        raise CacheError(f"'{path}' wants {num_bytes} bytes, has {found_bytes}: it was cut short or replaced; {AGAIN}")
     if found != header:
-        raise CacheError(f"'{path}' wants to begin with {header!r}, found {found!r}; {again}")
+        raise CacheError(f"'{path}' wants to begin with {header!r}, found {found!r}; {AGAIN}")
 
 
 def read_card(path: Path) -> Card:
@@ -214,7 +241,12 @@ def read_card(path: Path) -> Card:
             raise CacheError(
                 f"'{path}' has format {version}, wanted {FORMAT}; make the tokens again: fastbeit tokenize"
             )
-        return Card.model_validate_json(text)
+        card = Card.model_validate_json(text)
+        if card.signed() != card:
+            raise CacheError(f"'{path}' is damaged: it differs from its own checksum; {AGAIN}")
+        return card
+    except OSError as err:
+        raise CacheError(f"'{path}' cannot be read: {err.strerror}; {AGAIN}") from None
     except ValidationError as err:
         first = err.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole file"
@@ -235,7 +267,7 @@ def _version(text: bytes) -> Any:
     """What a card says of its format; `FORMAT` where it says nothing, for then more is wrong with it."""
     try:
         card = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return FORMAT
     return card.get("format", FORMAT) if isinstance(card, dict) else FORMAT
 
@@ -244,12 +276,11 @@ def read_journals(folder: Path) -> dict[int, list[tuple[int, str]]]:
     """Of each chunk of rows that is on disk while a cache is made: the images of it that could not be read."""
     done = {}
     for path in sorted(folder.glob("done-*.jsonl")):
-        for line in path.read_text().splitlines():
+        # of the line that a kill cut short, or a disk damaged, the chunk will be made again
+        for entry in read_records(path)[0]:
             try:
-                entry = json.loads(line)
-                done[entry["chunk"]] = [(sample, reason) for sample, reason in entry["bad"]]
-            except ValueError:
-                # the line that a kill cut short; its chunk will be made again
+                done[int(entry["chunk"])] = [(int(sample), str(reason)) for sample, reason in entry["bad"]]
+            except (KeyError, TypeError, ValueError):
                 continue
     return done
 

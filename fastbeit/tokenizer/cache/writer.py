@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbeit.checksums import block_sums
 from fastbeit.errors import CANNOT_WRITE, USAGE, CacheError, RunError
 from fastbeit.files import aside, put_in_place, sha256, sync_open, write_whole
 from fastbeit.tokenizer.cache.reader import (
@@ -117,8 +118,9 @@ class CacheWriter:
                 lines = (json.dumps({"sample": sample, "reason": reason}) + "\n" for sample, reason in bad)
                 write_whole(self.folder / BAD_SAMPLES, "".join(lines))
             hashes = {path.name: sha256(path) for path in views}
-            card = self.card.model_copy(update={"num_bad": len(bad), "sha256": hashes})
-            write_whole(self.folder / CARD, card.model_dump_json(indent=1) + "\n")
+            blocks = {path.name: block_sums(np.memmap(path, np.uint8, "r", len(self.header))) for path in views}
+            card = self.card.model_copy(update={"num_bad": len(bad), "sha256": hashes, "blocks": blocks})
+            write_whole(self.folder / CARD, card.signed().model_dump_json(indent=1) + "\n")
             self._tidy()
         except OSError as err:
             raise RunError(f"tokens cannot be written to '{self.folder}': {err}", CANNOT_WRITE) from err
@@ -141,7 +143,7 @@ class CacheWriter:
                 with aside(view_path(self.folder, view)).open("wb") as file:
                     file.write(self.header)
                     file.truncate(self.view_bytes)
-            write_whole(self.folder / PLAN, self.card.model_dump_json(indent=1) + "\n")
+            write_whole(self.folder / PLAN, self.card.signed().model_dump_json(indent=1) + "\n")
         except OSError as err:
             raise RunError(f"tokens cannot be written to '{self.folder}': {err}", CANNOT_WRITE) from err
 

@@ -1,18 +1,21 @@
 import io
 import json
 import struct
+import sys
 import tarfile
 import tracemalloc
 import zipfile
 import zlib
 
+import numpy as np
 import pytest
 
 from fastbeit.data.index import archives
-from fastbeit.data.index.members import inflate
+from fastbeit.data.index.members import Inflated, inflate
 from fastbeit.errors import BadImage, DataError
 from helpers import photos
 from helpers.archived import JPEGS, classes_of, index_of, write_tar, zipped
+from helpers.waiting import finished
 
 LONG = "a" * 60 + "/" + "b" * 60 + "/" + "c" * 90 + ".jpg"
 
@@ -85,6 +88,8 @@ def test_classes_of_a_tar(tmp_path, members, classes):
         ("0.json", b"{", "label cannot be read"),
         ("0.json", b"[" * 100_000, "JSON inside"),
         ("0.json", b'{"label": 99999999}', "class 99999999, at most 1048575"),
+        ("0.json", b'{"label": 1.5}', "'1.5' is no class"),
+        ("0.json", b'{"label": [1, 2]}', "is no class"),
         ("0.cls", b"\xff", "label cannot be read"),
         ("0.cls", b"9" * 5000, "label cannot be read"),
         ("0.cls", bytes(archives.MAX_TEXT_BYTES + 1), "1048577 bytes of text"),
@@ -120,14 +125,15 @@ def test_what_is_not_used_of_a_tar(tmp_path):
     index, names, skipped = index_of(tmp_path / "a.tar", tmp_path)
     assert names == ["a.tar: good.jpg"] and index.read_bytes(0) == JPEGS[0]
     assert {name.removeprefix("a.tar: "): reason.split(" (")[0] for name, reason in skipped.items()} == {
-        "hard.jpg": "a link, to 'good.jpg'",
-        "soft.jpg": "a link, to '/etc/passwd'",
+        "hard.jpg": "a link: to 'good.jpg'",
+        "soft.jpg": "a link: to '/etc/passwd'",
         "pipe.jpg": "not a regular file",
         "device.jpg": "not a regular file",
         "../up.jpg": "points outside the archive",
         "a/../../up.jpg": "points outside the archive",
         "/etc/up.jpg": "points outside the archive",
         "good.jpg": "duplicate key",
+        "._good.jpg": "hidden: its name begins with a dot",
         "empty.jpg": "empty file",
         "half.jpg": "truncated: corrupt: Truncated File Read",
         "text.jpg": "not an image that is read",
@@ -159,7 +165,7 @@ GOOD = header("good.jpg", len(JPEGS[0])) + JPEGS[0] + bytes(-len(JPEGS[0]) % 512
         (GOOD + header("cut.jpg", 5000)[:300], "", "no end mark"),
         (GOOD, "", "no end mark"),
         (GOOD + bytes(512), None, None),
-        (GOOD + b"x" * 512 + bytes(1024), "", f"damaged header at byte {len(GOOD)}"),
+        (GOOD + b"x" * 512 + bytes(1024), "", f"damaged header: at byte {len(GOOD)}"),
         (GOOD + bytes(1024) + GOOD + bytes(1024), "", "tars put together"),
         (GOOD + header("long", 10 << 30, tarfile.XHDTYPE) + bytes(2048), "", f"a header of {10 << 30} bytes"),
         (GOOD + header("long", 10 << 30, tarfile.GNUTYPE_LONGNAME) + bytes(2048), "", f"a header of {10 << 30} bytes"),
@@ -244,6 +250,7 @@ def test_a_zip(tmp_path, monkeypatch):
         "all/bomb.jpg": "too large: 100001 bytes, at most 100000",
         "all/text.txt": "not an image that is read (JPEG, PNG, WebP, BMP, TIFF, PNM)",
         "all/link.jpg": "a link",
+        "all/.hidden.jpg": "hidden: its name begins with a dot",
         "all/cat/stored.jpg": "duplicate key",
     }
 
@@ -296,9 +303,55 @@ def test_a_zip_that_is_cut_short(tmp_path, cut):
         index_of(tmp_path / "a.zip", tmp_path)
 
 
-def test_inflating_stops_at_the_limit(monkeypatch):
-    monkeypatch.setattr("fastbeit.data.index.members.MAX_BYTES", 1000)
+def test_inflating_stops_at_the_limit():
     stream = zlib.compressobj(wbits=-15)
     packed = stream.compress(bytes(100_000)) + stream.flush()
     with pytest.raises(BadImage, match="too large: over 1000 bytes when inflated"):
-        inflate(packed)
+        inflate(packed, 1000)
+    assert inflate(packed, 100_000) == bytes(100_000)
+
+
+PADDED = """
+import resource, sys, zipfile
+from pathlib import Path
+from fastbeit.data.index.scan import build_index
+from fastbeit.data.index.reader import open_index
+rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+build_index(Path(sys.argv[1]), Path(sys.argv[3]), progress=False)
+before = rss()
+print(build_index(Path(sys.argv[2]), Path(sys.argv[3]), progress=False).skipped)
+print(len(open_index(Path(sys.argv[3])).read_bytes(0)))
+print(rss() - before)
+"""
+
+
+def test_a_member_with_much_padding_takes_little_memory(tmp_path):
+    (tmp_path / "good.zip").write_bytes(zipped())
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", JPEGS[0])
+        with archive.open("b.jpg", "w") as member:
+            member.write(JPEGS[1])
+            for _ in range(100):
+                member.write(bytes(1 << 20))
+    done = finished([sys.executable, "-c", PADDED, *(str(tmp_path / name) for name in ("good.zip", "a.zip", "x.idx"))])
+    skipped, length, grown_mb = done.stdout.splitlines()
+    assert "a.zip: b.jpg" in skipped and "too large: " in skipped and "for 30 x 21 pixels" in skipped, done.stderr
+    # of its 100 MB a few are held at a time
+    assert int(length) == len(JPEGS[0]) and float(grown_mb) < 32
+
+
+def test_an_inflated_member_reads_as_a_file(tmp_path):
+    data = np.random.default_rng(0).integers(0, 9, 300_000, np.uint8).tobytes()
+    stream = zlib.compressobj(wbits=-15)
+    packed = stream.compress(data) + stream.flush()
+    (tmp_path / "x").write_bytes(b"before" + packed + b"behind")
+    with (tmp_path / "x").open("rb") as file:
+        inflated = Inflated(file.fileno(), 6, len(packed))
+        assert inflated.length() == len(data) and inflated.seek(0, io.SEEK_END) == len(data)
+        with io.BufferedReader(inflated, 1000) as reader:
+            for place in (0, 250_000, 17, 299_999, 100):
+                assert reader.seek(place) == place and reader.read(5000) == data[place : place + 5000]
+        for damaged in (packed[:-9], packed[:500] + b"\xff" * 9 + packed[509:]):
+            (tmp_path / "y").write_bytes(damaged)
+            with (tmp_path / "y").open("rb") as other, pytest.raises(BadImage, match="corrupt deflate stream"):
+                Inflated(other.fileno(), 0, len(damaged)).length()

@@ -1,5 +1,6 @@
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +97,9 @@ def test_a_list_from_the_root_of_the_file_system_can_move(tmp_path):
             (root / name).write_bytes(JPEGS[0])
         (root / "list.txt").write_text(f"{root}/all/cat/a.jpg\n{root}/all/dog/b.jpg\n")
         index, names, _ = index_of(root / "list.txt", tmp_path)
-        assert index.root == root / "all" and classes_of(index, names) == {"cat/a.jpg": "cat", "dog/b.jpg": "dog"}
+        assert index.root == root / "all" and set(classes_of(index, names)) == {"cat/a.jpg", "dog/b.jpg"}
+        # no class is written, and its folders are no classes of a list
+        assert index.class_names == [] and index.labels.tolist() == [-1, -1]
         fingerprints.add(index.fingerprint)
     assert len(fingerprints) == 1
 
@@ -142,3 +145,49 @@ def test_a_class_of_a_table_that_is_no_class(tmp_path):
     parquet.write_table(pa.table({"image": [{"bytes": JPEGS[0]}], "label": [10**12]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="class 1000000000000 of .* at most 1048576 classes"):
         index_of(tmp_path / "a.parquet", tmp_path)
+
+
+def test_images_by_a_quoted_pattern(tmp_path, monkeypatch):
+    for name in ("cat/a.jpg", "cat/b.png", "dog/c.jpg", "dog/deep/d.jpg", "e.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(JPEGS[0])
+    monkeypatch.chdir(tmp_path)
+    for pattern, found in {
+        "photos/*.jpg": {"e.jpg": None},
+        "photos/*/*.jpg": {"cat/a.jpg": "cat", "dog/c.jpg": "dog"},
+        "photos/**/*.jpg": {"e.jpg": None, "cat/a.jpg": "cat", "dog/c.jpg": "dog", "dog/deep/d.jpg": "dog"},
+        "photos/{cat/a,dog/c}.jpg": {"cat/a.jpg": "cat", "dog/c.jpg": "dog"},
+        f"{tmp_path}/photos/c*/*": {"cat/a.jpg": "cat", "cat/b.png": "cat"},
+    }.items():
+        index, names, skipped = index_of(Path(pattern), tmp_path)
+        assert index.root == tmp_path / "photos" and classes_of(index, names) == found and not skipped, pattern
+    # what the pattern of a whole folder finds beside images is skipped
+    index, names, skipped = index_of(Path("photos/*"), tmp_path)
+    assert names == ["e.jpg"] and set(skipped) == {"cat", "dog"} and "FOLDER/**/*.jpg" in skipped["cat"]
+    with pytest.raises(DataError, match="does not exist"):
+        index_of(Path("photos/*.bmp"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "separator, called", [(",", "a comma"), (";", "a semicolon"), ("|", "a bar"), (" ", "a space")]
+)
+def test_other_separators_than_tab_are_named(tmp_path, separator, called):
+    for name in ("a.jpg", "b, c.jpg"):
+        (tmp_path / name).write_bytes(JPEGS[0])
+    (tmp_path / "list.txt").write_text(f"file{separator}class\na.jpg{separator}dog\n")
+    with pytest.raises(DataError, match=rf"list.txt' parts paths and classes by {called} .*wanted a TAB"):
+        index_of(tmp_path / "list.txt", tmp_path)
+    # a name may have them
+    (tmp_path / "list.txt").write_text("b, c.jpg\nb, c.jpg\tdog, brown\ngone, c.jpg\n")
+    index, _, skipped = index_of(tmp_path / "list.txt", tmp_path)
+    assert index.class_names == ["dog, brown"] and index.labels.tolist() == [-1, 0] and list(skipped) == ["gone, c.jpg"]
+
+
+def test_signs_of_an_encoding(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEGS[0])
+    (tmp_path / "list.txt").write_text("a.jpg\tdog\n", "utf-8-sig")
+    index, names, skipped = index_of(tmp_path / "list.txt", tmp_path)
+    assert names == ["a.jpg"] and index.class_names == ["dog"] and not skipped
+    (tmp_path / "list.txt").write_text("a.jpg\tdog\n", "utf-16")
+    with pytest.raises(DataError, match="text in UTF-16; save it as UTF-8"):
+        index_of(tmp_path / "list.txt", tmp_path)

@@ -394,3 +394,31 @@ def test_a_table_that_went_away(tmp_path, kind):
     path.unlink()
     with pytest.raises(DataError, match=rf"x.{kind}'"):
         open_index(tmp_path / "images.idx").read_bytes(0)
+
+
+@pytest.mark.parametrize("write", [write_arrow, write_parquet], ids=["arrow", "parquet"])
+@pytest.mark.parametrize(
+    "labels, wanted",
+    [
+        (pa.array([0.0, 2.0, float("nan"), None]), [0, 2, None, None]),
+        (pa.array([True, False, None, True]), [1, 0, None, 1]),
+        (pa.array(["cat", "", None, "3"]), ["cat", None, None, "3"]),
+        (pa.array([b"cat", b"dog", None, b"cat"]), ["cat", "dog", None, "cat"]),
+        (pa.array(["cat", "dog", "cat", None]).dictionary_encode(), ["cat", "dog", "cat", None]),
+        (pa.array([3, 0, 255, 1], pa.uint8()), [3, 0, 255, 1]),
+        (pa.array([0, 1.5, 2, 3]), "row 1: label 1.5 is no class"),
+        (pa.array([[0], [1], [2], []]), r"row 0: label \[0\] is no class"),
+        (pa.array([{"a": 1}] * 4), "row 0: label {'a': 1} is no class"),
+        (pa.array([0.0, float("inf"), 1, 2]), "row 1: label inf is no class"),
+    ],
+    ids=["float", "bool", "names", "bytes", "dictionary", "unsigned", "fractions", "lists", "structs", "inf"],
+)
+def test_labels_of_all_types_are_read_or_refused(tmp_path, write, labels, wanted):
+    images = pa.array([{"bytes": image, "path": None} for image in IMAGES[:4]], STRUCT)
+    path = tmp_path / ("a.arrow" if write is write_arrow else "a.parquet")
+    write(path, pa.table({"image": images, "label": labels}))
+    if isinstance(wanted, str):
+        with pytest.raises(DataError, match=rf"{path.name}', {wanted}; a column 'label' wants whole numbers"):
+            list(read_table(path))
+    else:
+        assert [member.label for member in read_table(path) if isinstance(member, Member)] == wanted

@@ -16,7 +16,7 @@ from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader, make_token_loader
 from fastbeit.errors import CacheError, DataError, RunError
 from fastbeit.tokenizer.cache.info import describe, take_census
-from fastbeit.tokenizer.cache.reader import npy_header, open_cache
+from fastbeit.tokenizer.cache.reader import npy_header, open_cache, read_journals
 from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.train.checkpoint import load_model, resolve_checkpoint
 from helpers import photos
@@ -207,15 +207,71 @@ def test_info(tokens, capsys):
         assert shown in text
 
 
-def test_info_finds_what_a_reader_cannot(tokens, tmp_path):
+def test_info_finds_what_a_sample_does_not(tokens, tmp_path, monkeypatch):
     copied = Path(shutil.copytree(tokens, tmp_path / "tokens"))
     edit(copied / "view-001.npy", -2, b"\x01")
+    monkeypatch.setattr("fastbeit.checksums.SAMPLED_BLOCKS", 0)
     describe(open_cache(tokens))
     with pytest.raises(
         CacheError, match=r"view-001.npy' wants sha256 .*, as tokens.json says; found .*damaged"
     ) as caught:
         describe(open_cache(copied))
     assert caught.value.exit_code == 78
+
+
+def test_a_sample_of_a_large_cache_is_compared_at_each_start(tokens, tmp_path, monkeypatch):
+    copied = Path(shutil.copytree(tokens, tmp_path / "tokens"))
+    assert "3 of 3 MiB compared" in str(open_cache(copied).checked)
+    edit(copied / "view-001.npy", -2, b"\x01")
+    monkeypatch.setattr("fastbeit.checksums.SAMPLED_BLOCKS", 1)
+    verdicts = set()
+    for _ in range(200):
+        try:
+            assert "1 of 3 MiB compared" in str(open_cache(copied).checked)
+            verdicts.add("passed")
+        except CacheError:
+            verdicts.add("found")
+    # each start draws others: to see one verdict alone has a chance of (2 / 3) ** 200
+    assert verdicts == {"passed", "found"}
+
+
+def test_a_token_that_is_no_word_is_named_before_it_is_used(parts, tokens, tmp_path, monkeypatch):
+    copied = Path(shutil.copytree(tokens, tmp_path / "tokens"))
+    edit(copied / "view-001.npy", -2, b"\xf0\x70")
+    monkeypatch.setattr("fastbeit.checksums.SAMPLED_BLOCKS", 0)
+    cache = open_cache(copied)
+    assert cache.read(torch.tensor([0, 1]), torch.tensor([1, 1])).max() < cache.vocab_size
+    with pytest.raises(
+        CacheError, match=rf"view-001.npy' is damaged: image {NUM_IMAGES - 1} has the token 28912"
+    ) as caught:
+        cache.read(torch.tensor([0, NUM_IMAGES - 1]), torch.tensor([2, 1]))
+    assert caught.value.exit_code == 78
+
+
+def test_no_flip_of_a_bit_passes(tokens, tmp_path):
+    copied = Path(shutil.copytree(tokens, tmp_path / "tokens"))
+    random = np.random.default_rng(0)
+    for name in ("tokens.json", "view-000.npy", "view-002.npy"):
+        whole = (copied / name).read_bytes()
+        places = random.choice(len(whole), min(len(whole), 300), replace=False).tolist()
+        for place in places:
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << int(random.integers(8))
+            (copied / name).write_bytes(damaged)
+            with pytest.raises(CacheError):
+                open_cache(copied)
+        (copied / name).write_bytes(whole)
+    assert open_cache(copied)
+
+
+def test_damaged_sidecars_stop_nothing(tokens, tmp_path):
+    copied = Path(shutil.copytree(tokens, tmp_path / "tokens"))
+    for content in (b"", bytes(99), b"\xff\xfe\n", b"[]\n5\n", b'{"sample": 3}\n', b"[" * 200_000):
+        (copied / "bad_samples.jsonl").write_bytes(content)
+        with pytest.raises(CacheError, match="could not be read when they were made .not listed"):
+            open_cache(copied).read(torch.tensor([BAD_IMAGE]), torch.tensor([0]))
+        (copied / "done-000.jsonl").write_bytes(content + b'\n{"chunk": 1, "bad": [[3, "x"]]}\n{"chunk": 2}\n')
+        assert read_journals(copied) == {1: [(3, "x")]}
 
 
 def test_the_header_is_numpys(tmp_path):

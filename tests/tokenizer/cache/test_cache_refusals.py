@@ -80,12 +80,22 @@ DAMAGE = {
     "missing view": (lambda f: (f / "view-001.npy").unlink(), "view-001.npy' cannot be read: No such file"),
     "no card": (lambda f: (f / "tokens.json").write_text("<html>"), "tokens.json': the whole file: Invalid JSON"),
     "former version": (
-        lambda f: (f / "tokens.json").write_text((f / "tokens.json").read_text().replace('"format": 2', '"format": 1')),
-        "tokens.json' has format 1, wanted 2; make the tokens again",
+        lambda f: (f / "tokens.json").write_text((f / "tokens.json").read_text().replace('"format": 3', '"format": 2')),
+        "tokens.json' has format 2, wanted 3; make the tokens again",
     ),
     "no version": (
         lambda f: (f / "tokens.json").write_text((f / "tokens.json").read_text().replace('"format"', '"formed"')),
         "tokens.json': format: Field required",
+    ),
+    "flipped card": (
+        lambda f: (f / "tokens.json").write_text((f / "tokens.json").read_text().replace('"seed": 0', '"seed": 4')),
+        "tokens.json' is damaged: it differs from its own checksum",
+    ),
+    "nulls": (lambda f: (f / "tokens.json").write_bytes(bytes(900)), "tokens.json': the whole file: Invalid JSON"),
+    "deep card": (lambda f: (f / "tokens.json").write_bytes(b"[" * 200_000), "tokens.json': the whole file"),
+    "flipped token": (
+        lambda f: edit(f / "view-001.npy", -2, b"\x01"),
+        "view-001.npy' is damaged: the MiB of tokens from",
     ),
 }
 
