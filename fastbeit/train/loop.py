@@ -20,7 +20,7 @@ import fastbeit
 from fastbeit.config.sections import EngineConfig, LogConfig, OptimConfig
 from fastbeit.data.batch import Batch
 from fastbeit.engine.fitting import Rehearsal, fitting_accumulate, out_of_memory_in_one_line
-from fastbeit.engine.protocol import make_engine
+from fastbeit.engine.protocol import compiled_before, make_engine
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DONE, PREEMPTED, ConfigError, DataError, RunError
 from fastbeit.train.bad_samples import BadSamples
@@ -200,7 +200,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             average.follow(model, step)
             step += 1
             if step == first_step + 1:
-                log.say(f"first step: {meter.seconds():.1f} s, compilation and first data in it")
+                log.say(f"first step: {meter.seconds():.1f} s, compilation and first data in it{compiled_before()}")
             # ---------------------------------------------------------------------------------------------------------
 
             log.advance()
