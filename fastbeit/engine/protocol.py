@@ -79,6 +79,15 @@ def compiles(settings: EngineConfig, device: torch.device) -> bool:
     return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
 
 
+def compiled_before() -> str:
+    """Whether what this process compiled came out of the compiler's cache, in words; empty where nothing was."""
+    counts = torch._dynamo.utils.counters["inductor"]
+    hits, misses = counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]
+    if not hits + misses:
+        return ""
+    return f"; {'a cold' if misses else 'a warm'} start, {hits} of {hits + misses} graphs were compiled before"
+
+
 def compute_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
     """Of activations: what `engine.precision` means on this device."""
     if engine.precision == "auto":

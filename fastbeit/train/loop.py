@@ -21,7 +21,7 @@ import fastbeit
 from fastbeit.config.sections import EngineConfig, LogConfig, OptimConfig
 from fastbeit.data.batch import Batch
 from fastbeit.engine.fitting import Rehearsal, fitting_accumulate, out_of_memory_in_one_line
-from fastbeit.engine.protocol import compute_dtype, make_engine
+from fastbeit.engine.protocol import compiled_before, compute_dtype, make_engine
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DONE, PREEMPTED, ConfigError, RunError
 from fastbeit.files import aside, put_in_place
@@ -218,7 +218,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             average.follow(model, step)
             step += 1
             if step == first_step + 1:
-                log.say(f"first step: {meter.seconds():.1f} s, compilation and first data in it")
+                log.say(f"first step: {meter.seconds():.1f} s, compilation and first data in it{compiled_before()}")
             # ---------------------------------------------------------------------------------------------------------
 
             log.advance()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -18,7 +19,7 @@ from torch._dynamo.exc import RecompileError
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import EngineConfig
 from fastbeit.data.sampling import drop_path_keep
-from fastbeit.engine.protocol import compiles, make_engine
+from fastbeit.engine.protocol import compiled_before, compiles, make_engine
 from fastbeit.engine.ranks import World
 from fastbeit.jobs.pretrain import blank_inputs
 from fastbeit.model.beit import make_beit
@@ -158,13 +159,29 @@ def test_auto_compiles_on_cuda_alone():
     assert compiles(EngineConfig(compile="on"), cpu) and not compiles(EngineConfig(compile="off"), cuda)
 
 
+@pytest.mark.parametrize(
+    "hits, misses, said",
+    [
+        (0, 0, ""),
+        (0, 2, "; a cold start, 0 of 2 graphs were compiled before"),
+        (1, 1, "; a cold start, 1 of 2 graphs were compiled before"),
+        (2, 0, "; a warm start, 2 of 2 graphs were compiled before"),
+    ],
+)
+def test_a_start_is_cold_or_warm(hits: int, misses: int, said: str, monkeypatch: pytest.MonkeyPatch):
+    counts = Counter(fxgraph_cache_hit=hits, fxgraph_cache_miss=misses)
+    monkeypatch.setitem(torch._dynamo.utils.counters, "inductor", counts)
+    assert compiled_before() == said
+
+
 PROGRAM = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[2])
+from fastbeit.engine.protocol import compiled_before
 from test_compile_blocks import settings, train
 losses, _ = train(settings(sys.argv[1]), num_steps=3)
 counters = torch._dynamo.utils.counters["inductor"]
-print(json.dumps([losses, counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"]]))
+print(json.dumps([losses, counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"], compiled_before()]))
 """
 
 
@@ -173,10 +190,12 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     """With generated code: the losses of eager steps, and all graphs out of the cache in a second process."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
-    def run(compiled: str) -> tuple[list[float], int, int]:
+    def run(compiled: str) -> tuple[list[float], int, int, str]:
         out = finished([sys.executable, "-c", PROGRAM, compiled, str(Path(__file__).parent)], check=True).stdout
         return json.loads(out.splitlines()[-1])
 
-    (eager, *_), (cold, hits, misses), (warm, hits_again, misses_again) = run("off"), run("on"), run("on")
+    eager, _, _, nothing = run("off")
+    (cold, hits, misses, first), (warm, hits_again, misses_again, second) = run("on"), run("on")
+    assert nothing == "" and first.startswith("; a cold start, ") and second.startswith("; a warm start, ")
     assert cold == pytest.approx(eager, rel=1e-6) and warm == cold
     assert misses > 0 and hits_again == hits + misses and misses_again == 0

@@ -72,7 +72,16 @@ def test_images_in_parts(device: str, images: int, group: int, monkeypatch: pyte
     whole = run_triton(inputs, torch.float32)
     tiles = module.query_tiles(torch.float32, 0) | dict(GROUP=group)
     monkeypatch.setattr(module, "query_tiles", lambda *_: tiles)
+    launches, kernel = [], module._relative_attention_bwd_keys_kernel
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launches.append(grid[2])
+            return kernel[grid]
+
+    monkeypatch.setattr(module, "_relative_attention_bwd_keys_kernel", Counted())
     parts = run_triton(inputs, torch.float32, workspace=images * 2 * 20 * 32 * 4)
+    assert launches == [min(images, 5 - first) for first in range(0, 5, images)]
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
     torch.testing.assert_close(parts[2], whole[2], rtol=1e-5, atol=1e-6)
 

@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastbeit.config.pretrain import Config
 from fastbeit.errors import RunError
+from fastbeit.jobs.pretrain import blank_inputs
 from fastbeit.model import tuned
+from fastbeit.model.beit import make_beit
 from fastbeit.model.tuned import key_of, look_up, micro_batch, table_path, write_table
+from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy
+from fastbeit_kernels.relative_attention import relative_attention_reference
 from helpers.tiny import SETTINGS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -132,6 +137,26 @@ def test_bytes_that_are_no_text_and_a_folder_are_passed_over(table: Path, tmp_pa
     table.write_bytes(b"\xff\xfe\x80")
     assert "is passed over" in look_up(table, key()).why
     assert "is passed over" in look_up(tmp_path, key()).why
+
+
+def test_portions_reach_the_operators(monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+
+    def attention(qkv: Tensor, bias: Tensor, *, workspace: int | None, backend: str) -> Tensor:
+        asked["workspace"] = workspace
+        return relative_attention_reference(qkv, bias)
+
+    def loss(*args: Any, chunk: int | None, **options: Any) -> Any:
+        asked["chunk"] = chunk
+        return linear_cross_entropy(*args, **options)
+
+    monkeypatch.setattr("fastbeit.model.attention.relative_attention", attention)
+    monkeypatch.setattr("fastbeit.model.beit.linear_cross_entropy", loss)
+    for mib, rows in ((3, 5), (None, None)):
+        kernels = dict(attention="triton", attention_mib=mib, loss_rows=rows)
+        config = Config.model_validate(SETTINGS | dict(kernels=kernels))
+        make_beit(config, 32)(*blank_inputs(config, 2, CPU))
+        assert asked == dict(workspace=mib and mib * 2**20, chunk=rows)
 
 
 def test_what_cannot_be_kept_is_an_exit_code(tmp_path: Path):
