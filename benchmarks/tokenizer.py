@@ -27,6 +27,7 @@ from benchmarks.card import cuda_clock, environment
 from benchmarks.kernels.__main__ import medians
 from benchmarks.memory import PeakMemory
 from fastbeit import masking
+from fastbeit.checksums import check_blocks
 from fastbeit.config.pretrain import Config
 from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.demo_photos import gather_photos
@@ -153,7 +154,8 @@ def open_random_cache(folder: Path) -> TokenCache:
         jitter_on="", image_size=(224, 224), pipeline="", tokenizer="",
     )  # fmt: skip
     card = Card(format=FORMAT, recipe=recipe, precision="fp32", chunk_rows=1, command="")
-    return TokenCache(folder, card, [np.memmap(view_path(folder, 0), "<u2", "r", len(header), tokens.shape)])
+    view = np.memmap(view_path(folder, 0), "<u2", "r", len(header), tokens.shape)
+    return TokenCache(folder, card, [view], check_blocks({}, {}))
 
 
 def step(args: argparse.Namespace, device: torch.device) -> list[Row]:

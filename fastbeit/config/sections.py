@@ -55,7 +55,7 @@ AutoCount = Annotated[Count | Literal["auto"], WrapValidator(_auto_or_count)]
 Pipeline = Literal["auto", "torch", "dali", "pillow"]
 Level = Annotated[int, Field(ge=0, le=0xFFFF)]
 Levels = Annotated[Literal["high_byte", "image"] | tuple[Level, Level], WrapValidator(_one_message)]
-LEVELS = Field(
+LEVELS: Any = Field(
     default="high_byte",
     description="which values of 16-bit images become 0 and 255: high_byte: 0 and 65535; image: the least and the "
     "largest of each image; [low, high]: these",

@@ -190,9 +190,12 @@ def read_range(file: BinaryIO) -> tuple[int, int]:
     # nothing else has 16 bits; most PNGs have not, and need no second look
     if not start.startswith((*TIFF_MAGICS, b"P")) and not (start.startswith(PNG_MAGIC) and start[24:] == b"\x10"):
         return 0, 0
-    image = _open(file)
+    file.seek(0)
+    # a copy, since libtiff reads by the descriptor, behind the back of a buffer
+    data = file.read()
+    image = _open(io.BytesIO(data))
     try:
-        wide = read_wide(image, lambda: _open(file))
+        wide = read_wide(image, lambda: _open(io.BytesIO(data)))
     except Exception as err:
         # as in `_exif_orientation`
         raise BadImage(f"corrupt {image.format}: {err}") from err

@@ -121,8 +121,8 @@ def narrow(wide: Wide, levels: Levels) -> np.ndarray:
         return (wide.values >> (wide.bits - 8)).astype(np.uint8)
     low, high = range_of(wide) if levels == "image" else levels
     # an image of one value has no range: it becomes black
-    spread = (wide.values.clip(low, max(high, low + 1)).astype(np.float32) - low) * (255 / max(1, high - low))
-    return (spread + 0.5).astype(np.uint8)
+    shares = (np.arange(1 << 16).clip(low, max(high, low + 1)) - low) / max(1, high - low)
+    return (255 * shares + 0.5).astype(np.uint8)[wide.values]
 
 
 def range_of(wide: Wide) -> tuple[int, int]:

@@ -107,6 +107,9 @@ def build_index(source: Path, output: Path, progress: bool = True, division: Div
             parts = [whole.select(~held_out), whole.select(held_out)]
         with _writing(output):
             output.parent.mkdir(parents=True, exist_ok=True)
+            # a kill between the two leaves one that is missing, not one that overlaps with the other
+            for path in outputs[1:]:
+                path.unlink(missing_ok=True)
             for table, path in zip(parts, outputs, strict=True):
                 write_index(table, path)
     finally:

@@ -17,7 +17,7 @@ import json
 import mmap
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -272,14 +272,22 @@ def _version(text: bytes) -> Any:
     return card.get("format", FORMAT) if isinstance(card, dict) else FORMAT
 
 
-def read_journals(folder: Path) -> dict[int, list[tuple[int, str]]]:
-    """Of each chunk of rows that is on disk while a cache is made: the images of it that could not be read."""
+class Done(NamedTuple):
+    """A chunk of rows that a journal says is on disk."""
+
+    bad: list[tuple[int, str]]  # images that could not be read
+    sums: list[int]  # CRC-32 of its rows in each view's file
+
+
+def read_journals(folder: Path) -> dict[int, Done]:
+    """The chunks that are on disk while a cache is made, by number."""
     done = {}
     for path in sorted(folder.glob("done-*.jsonl")):
         # of the line that a kill cut short, or a disk damaged, the chunk will be made again
         for entry in read_records(path)[0]:
             try:
-                done[int(entry["chunk"])] = [(int(sample), str(reason)) for sample, reason in entry["bad"]]
+                bad = [(int(sample), str(reason)) for sample, reason in entry["bad"]]
+                done[int(entry["chunk"])] = Done(bad, [int(one) for one in entry["crc32"]])
             except (KeyError, TypeError, ValueError):
                 continue
     return done

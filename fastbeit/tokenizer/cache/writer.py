@@ -1,14 +1,15 @@
 """Makes a cache of tokens so that after a kill, on any rank, only the unfinished chunks are made again.
 
 Each view's file has its whole size from the start. A chunk of rows is written into all of them and synced to disk; then
-its line goes into the journal of its rank. What no journal names is made again, with the same tokens. When all is
-there, the files get their names, and `tokens.json` comes last.
+its line goes into the journal of its rank, with checksums. What no journal names, or is not what it says, is made
+again, with the same tokens. When all is there, the files get their names, and `tokens.json` comes last.
 """
 
 import json
 import os
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,16 @@ class CacheWriter:
             raise CacheError(f"'{self.folder}' was begun by another version; delete the directory and begin again")
         for view in range(self.card.recipe.views):
             check_view(self._part(view), self.header, self.view_bytes)
+        parts = [np.memmap(self._part(view), np.uint8, "r", len(self.header)) for view in range(plan.recipe.views)]
         done = read_journals(self.folder)
-        return [chunk for chunk in range(len(self.chunks)) if chunk not in done]
+        return [
+            number
+            for number, rows in enumerate(self.chunks)
+            if number not in done or done[number].sums != [self._sum(part, rows) for part in parts]
+        ]
+
+    def _sum(self, part: np.ndarray, rows: range) -> int:
+        return zlib.crc32(part[rows.start * self.row_bytes : rows.stop * self.row_bytes].data)
 
     def write(self, chunk: int, tokens: np.ndarray, bad: list[tuple[int, str]]) -> None:
         """Put the tokens [rows, K, N] uint16 of a chunk on disk, then say so.
@@ -86,9 +95,13 @@ class CacheWriter:
         """
         start = len(self.header) + self.chunks[chunk].start * self.row_bytes
         try:
+            sums = []
             for view in range(self.card.recipe.views):
-                _write_at(self._part(view), start, np.ascontiguousarray(tokens[:, view]).data.cast("B"))
-            _append_line(self.folder / f"done-{self.rank:03}.jsonl", json.dumps({"chunk": chunk, "bad": bad}))
+                rows = np.ascontiguousarray(tokens[:, view]).data.cast("B")
+                _write_at(self._part(view), start, rows)
+                sums.append(zlib.crc32(rows))
+            line = json.dumps({"chunk": chunk, "bad": bad, "crc32": sums})
+            _append_line(self.folder / f"done-{self.rank:03}.jsonl", line)
         except OSError as err:
             raise RunError(
                 f"tokens cannot be written to '{self.folder}': {err.strerror}; what is there stays: make room, and "
@@ -98,7 +111,7 @@ class CacheWriter:
 
     def bad(self) -> list[tuple[int, str]]:
         """The images that could not be read, of the chunks written so far, in order."""
-        return sorted({entry for entries in read_journals(self.folder).values() for entry in entries})
+        return sorted({entry for done in read_journals(self.folder).values() for entry in done.bad})
 
     def finish(self) -> None:
         """Give the files their names; a second time, after a kill in the middle, it does the rest.

@@ -3,11 +3,13 @@
 import os
 import tarfile
 
+import numpy as np
+
 from fastbeit.data.index.summary import Summary, kind_of, write_skipped
 from fastbeit.jobs.index import index
 from helpers import photos
 from helpers.archived import index_of
-from helpers.formats import WIDE, png
+from helpers.formats import WIDE, png, tiff
 
 
 def test_skipped_files_are_grouped_and_likely_images_come_first(tmp_path, capsys):
@@ -64,9 +66,13 @@ def test_the_range_of_16_bit_images_is_said(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a.png").write_bytes(png(WIDE >> 4, 16, 2))
     (tmp_path / "data/b.jpg").write_bytes(photos.encoded(photos.small_photo()))
+    # which libtiff reads by itself, beyond what is buffered of the file
+    large = np.tile(WIDE >> 4, (4, 4, 1))
+    (tmp_path / "data/c.tif").write_bytes(tiff(large, photometric="rgb", compression="zlib"))
+    (tmp_path / "data/d.tif").write_bytes(tiff(large[..., 0], photometric="minisblack", compression="zlib"))
     index(tmp_path / "data", tmp_path / "images.idx")
     low, high = int((WIDE >> 4).min()), int((WIDE >> 4).max())
-    assert f"1 images have 16 bits, with values from {low} to {high}" in capsys.readouterr().out
+    assert f"3 images have 16 bits, with values from {low} to {high}" in capsys.readouterr().out
 
 
 def test_names_of_all_kinds_are_listed_whole_or_not_at_all(tmp_path, monkeypatch):

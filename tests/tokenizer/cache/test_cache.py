@@ -270,8 +270,10 @@ def test_damaged_sidecars_stop_nothing(tokens, tmp_path):
         (copied / "bad_samples.jsonl").write_bytes(content)
         with pytest.raises(CacheError, match="could not be read when they were made .not listed"):
             open_cache(copied).read(torch.tensor([BAD_IMAGE]), torch.tensor([0]))
-        (copied / "done-000.jsonl").write_bytes(content + b'\n{"chunk": 1, "bad": [[3, "x"]]}\n{"chunk": 2}\n')
-        assert read_journals(copied) == {1: [(3, "x")]}
+        (copied / "done-000.jsonl").write_bytes(
+            content + b'\n{"chunk": 1, "bad": [[3, "x"]], "crc32": [7]}\n{"chunk": 2, "bad": []}\n'
+        )
+        assert read_journals(copied) == {1: ([(3, "x")], [7])}
 
 
 def test_the_header_is_numpys(tmp_path):

@@ -21,7 +21,7 @@ from fastbeit.errors import CacheError, RunError
 from fastbeit.tokenizer.cache.reader import open_cache
 from fastbeit.train import rundir
 from fastbeit.train.rundir import hold
-from helpers.caches import CHUNK_CROPS, NUM_IMAGES, VIEWS, facts, files, make
+from helpers.caches import CHUNK_CROPS, NUM_IMAGES, VIEWS, edit, facts, files, make
 from helpers.tiny import make_photos
 from helpers.waiting import PATIENCE_S, wait_until
 
@@ -129,6 +129,23 @@ def test_a_half_made_cache_says_how_to_go_on(train, parts, tmp_path, monkeypatch
     (tmp_path / "tokens/.view-001.npy.part").unlink()
     with pytest.raises(CacheError, match=r"view-001.npy.part' cannot be read: No such file.*delete the directory"):
         make(parts, tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("flip", ["another chunk", "a token", "no UTF-8"])
+def test_what_was_damaged_meanwhile_is_made_again(parts, tokens, tmp_path, monkeypatch, flip):
+    folder = tmp_path / "tokens"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 2 + 3 * 4 + 1, Killed())
+        make(parts, folder)
+    journal, part = folder / "done-000.jsonl", folder / ".view-001.npy.part"
+    if flip == "another chunk":
+        # else its tokens would stay 0
+        journal.write_text(journal.read_text().replace('"chunk": 1', '"chunk": 5'))
+    elif flip == "no UTF-8":
+        journal.write_bytes(journal.read_bytes().replace(b'"chunk": 1', b'"chunk\xff: 1'))
+    else:
+        edit(part, 128, bytes([part.read_bytes()[128] ^ 1]))
+    assert make(parts, folder) == 0 and files(folder) == files(tokens)
 
 
 # ---- as its user runs it
