@@ -39,6 +39,11 @@ def test_a_log_that_is_whole_is_not_written_again(tmp_path):
     with RunLog(tmp_path, 1, 9):
         pass
     assert (tmp_path / "log.jsonl").stat().st_ino == before
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write("torn")
+    with RunLog(tmp_path, 1, 9):
+        pass
+    assert lines(tmp_path / "log.jsonl") == [{"step": 1}]
 
 
 def test_a_full_disk_is_kept_for_the_loop(tmp_path):
