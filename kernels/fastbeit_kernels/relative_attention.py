@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastbeit_kernels.backend import Backend, tl, triton, uses_triton
+from fastbeit_kernels.derivatives import refuse_second_order, refuse_tangents
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = 1.4426950408889634  # exp2 is one instruction: scores are in bits
@@ -344,8 +345,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, Tensor | None]:
     if grad_out is None:
         return None, None
-    qkv, bias, *_ = ctx.saved_tensors
-    grad_qkv, grad_bias = _backward(grad_out.contiguous(), *ctx.saved_tensors)
+    refuse_second_order("relative_attention", grad_out)
+    qkv, bias, *forward = ctx.saved_tensors  # once: checkpointing recomputes them, and refuses a second time
+    grad_qkv, grad_bias = _backward(grad_out.contiguous(), qkv, bias, *forward)
     padding = bias.shape[2] - qkv.shape[1]
     return grad_qkv, F.pad(grad_bias, (0, padding)) if ctx.needs_input_grad[1] else None
 
@@ -381,10 +383,14 @@ def relative_attention(qkv: Tensor, bias: Tensor, *, backend: Backend = "auto") 
 
     Raises:
         ValueError: a shape, dtype or device is wrong, or qkv is not contiguous.
+        RuntimeError: Triton: a second or a forward-mode derivative is wanted; the reference has them.
     """
     triton_runs = uses_triton(backend, qkv.device)
     _check(qkv, bias, triton_runs)
-    return _forward(qkv, bias)[0] if triton_runs else relative_attention_reference(qkv, bias)
+    if not triton_runs:
+        return relative_attention_reference(qkv, bias)
+    refuse_tangents("relative_attention", qkv, bias)
+    return _forward(qkv, bias)[0]
 
 
 def refusal(S: int, K: int) -> str | None:
