@@ -1,12 +1,16 @@
 """The command `fastbeit`: one verb a job, no logic."""
 
 import argparse
+import difflib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from fastbeit import __version__
-from fastbeit.config.read import explain_config, explain_fields, overrides_of
+from fastbeit.config.arguments import one_config, parse
+from fastbeit.config.pretrain import Config
+from fastbeit.config.read import configure, explain_config, explain_fields, load_config, shipped_configs
 from fastbeit.cores import num_cores
 from fastbeit.errors import DONE, USAGE, RunError
 
@@ -24,7 +28,8 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit tokenizer import FILE [FILE] -o DIR     or from weights that you have; nothing in them is run
   fastbeit tokenize CONFIG data.num_crops=K        tokens of K crops an image ahead of time; pretrain data.tokens=tokens
   fastbeit data show CONFIG [-o sheet.png]         a picture of what training sees: crops, token views, masks
-  fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues
+  fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues. CONFIG: a YAML file, or
+                                                   beit_base_in1k, beit_large_in1k or demo
   fastbeit plan CONFIG --gpus N --gpu NAME         memory, hours, disk and cores that it will take, on any computer
   fastbeit report RUN                              pictures and the HTML page of a run
   fastbeit doctor [CONFIG] [key=value ...]         what of this machine a run can use, and whether each kernel is right
@@ -51,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return DONE
     verb, *rest = args
     if verb not in VERBS:
-        print(f"fastbeit: no verb '{verb}'; there are {', '.join(VERBS)}", file=sys.stderr)
+        print(f"fastbeit: no verb '{verb}'{_meant(verb)} There are {', '.join(VERBS)}", file=sys.stderr)
         return USAGE
     try:
         return VERBS[verb](rest)
@@ -64,12 +69,34 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _pretrain(args: list[str]) -> int:
-    from fastbeit.config.read import load_config
+def _meant(word: str) -> str:
+    """The verbs nearest to a word, by the last part of their names."""
+    ends = {name.split()[-1]: name for name in (*VERBS, *PARTS)}
+    near = [ends[end] for end in difflib.get_close_matches(word, ends, n=2)]
+    return f"; did you mean {' or '.join(near)}?" if near else "."
 
-    if not args or {"-h", "--help"} & set(args):
-        return explain_config([arg for arg in args if arg not in ("-h", "--help")])
-    config = load_config(args[0], overrides_of(args[1:]))
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
+def _config(names: list[str], settings: list[str]) -> Config:
+    return load_config(one_config(names, list(shipped_configs())), settings)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    """For the help alone: `parse` takes settings out before."""
+    parser.add_argument("config", nargs="*", metavar="CONFIG [key=value ...]", help="as for `fastbeit pretrain`")
+
+
+def _pretrain(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("fastbeit pretrain", add_help=False)
+    _add_config(parser)
+    parser.add_argument("-h", "--help", action="store_true")
+    options, settings = parse(parser, args)
+    if options.help:
+        return explain_config(options.config, settings)
+    config = _config(options.config, settings)
 
     from fastbeit.jobs.pretrain import pretrain
 
@@ -80,17 +107,12 @@ def _tokenize(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit tokenize",
         description="Tokens of data.num_crops crops of each image, those that `fastbeit pretrain` will draw with the "
-        "same CONFIG and keys; the same command again continues. Runs under the launchers of several ranks too.",
+        "same CONFIG and keys, for example data.num_crops=8; they go into data.tokens=DIR (tokens). The same command "
+        "again continues. Runs under the launchers of several ranks too.",
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="as for `fastbeit pretrain`")
-    parser.add_argument(
-        "settings",
-        nargs=argparse.REMAINDER,
-        metavar="key=value",
-        help="data.num_crops=K; data.tokens=DIR is where they go (tokens)",
-    )
-    parser.add_argument("--info", type=Path, metavar="DIR", help="check the tokens in DIR, and say what they are")
-    options = parser.parse_args(args)
+    _add_config(parser)
+    parser.add_argument("--info", type=_path, metavar="DIR", help="check the tokens in DIR, and say what they are")
+    options, settings = parse(parser, args)
 
     if options.info:
         from fastbeit.tokenizer.cache.info import describe
@@ -98,13 +120,10 @@ def _tokenize(args: list[str]) -> int:
 
         print(describe(open_cache(options.info)))
         return DONE
-    if not options.config:
-        parser.error("CONFIG or --info DIR is wanted")
+    config = _config(options.config, settings)
 
-    from fastbeit.config.read import load_config
     from fastbeit.jobs.tokenize import tokenize
 
-    config = load_config(options.config, overrides_of(options.settings))
     return tokenize(config, command=["fastbeit", "tokenize", *args])
 
 
@@ -118,14 +137,14 @@ def _index(args: list[str]) -> int:
     )
     parser.add_argument(
         "source",
-        type=Path,
+        type=_path,
         nargs="+",
         metavar="SOURCE",
         help="folder of images, flat or with class folders, any depth; tar or zip, or a folder, a 'glob-*.tar' or a "
         "list 'x-{000..099}.tar' of them, in quotes; Parquet or a folder of `datasets`; text of a path a line, and "
         "after a TAB its class",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="index file to write")
+    parser.add_argument("-o", "--output", type=_path, required=True, help="index file to write")
     options = parser.parse_args(args)
     if len(options.source) > 1:
         parser.error(f"one SOURCE is wanted, got {len(options.source)}; put a pattern of files in quotes")
@@ -139,7 +158,7 @@ def _check_index(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit index check", description="Decode all images of an index; those that are bad are listed."
     )
-    parser.add_argument("index", type=Path, help="made by `fastbeit index`")
+    parser.add_argument("index", type=_path, help="made by `fastbeit index`")
     parser.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes (a core each)")
     options = parser.parse_args(args)
 
@@ -154,8 +173,8 @@ def _shard(args: list[str]) -> int:
         description="Copy images into tar shards of small JPEGs, which load faster; the same command again continues. "
         "JPEGs that are small enough are copied as they are; bad images are left out and listed.",
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="as for `fastbeit index`, or an index")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("source", type=_path, metavar="SOURCE", help="as for `fastbeit index`, or an index")
+    parser.add_argument("-o", "--output", type=_path, required=True, help="directory to write")
     parser.add_argument(
         "--max-side",
         type=int,
@@ -195,8 +214,8 @@ def _import_tokenizer(args: list[str]) -> int:
         "mmpretrain's dalle_encoder.pth, FLAVA's or the BEiT authors' pytorch_model.bin, or a codebook in safetensors. "
         "Nothing that a file says is run, and weights that do not encode test pictures as a tokenizer are refused.",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="one, or encoder and decoder")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("files", nargs="+", type=_path, metavar="FILE", help="one, or encoder and decoder")
+    parser.add_argument("-o", "--output", type=_path, required=True, help="directory to write")
     options = parser.parse_args(args[1:])
 
     from fastbeit.weights.tokenizers import import_tokenizer
@@ -219,7 +238,7 @@ def _fetch_tokenizer(args: list[str]) -> int:
         default="openai",
         help="who keeps it: openai (400 MB), or the copies of flava and mmpretrain, which have no decoder (215 MB)",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("-o", "--output", type=_path, required=True, help="directory to write")
     options = parser.parse_args(args[1:])
     print(fetch_tokenizer(options.output, SOURCES[options.source]))
     return DONE
@@ -229,19 +248,18 @@ def _train_tokenizer(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit tokenizer train", description="Train a dVAE of your own; the same command again continues."
     )
-    parser.add_argument("--data", type=Path, required=True, help="index of the images, made by `fastbeit index`")
-    parser.add_argument("--val", type=Path, help="index of held-out images that the tokenizer is judged by")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="`fastbeit tokenizer train --keys` lists them")
+    parser.add_argument("--data", type=_path, required=True, help="index of the images, made by `fastbeit index`")
+    parser.add_argument("--val", type=_path, help="index of held-out images that the tokenizer is judged by")
+    parser.add_argument("-o", "--output", type=_path, required=True, help="directory to write")
+    parser.add_argument("--keys", action="store_true", help="list the settings that key=value takes")
 
-    from fastbeit.config.read import configure
     from fastbeit.config.tokenizer import TokenizerTrainConfig
     from fastbeit.jobs.train_tokenizer import train_tokenizer
 
     if "--keys" in args:
         return explain_fields("fastbeit tokenizer train", configure(TokenizerTrainConfig, []))
-    options = parser.parse_intermixed_args(args[1:])
-    config = configure(TokenizerTrainConfig, options.settings)
+    options, settings = parse(parser, args[1:])
+    config = configure(TokenizerTrainConfig, settings)
     return train_tokenizer(config, options.data, options.val, options.output, command=["fastbeit", "tokenizer", *args])
 
 
@@ -252,16 +270,14 @@ def _data(args: list[str]) -> int:
         "with the box of its crop, both views and the mask.",
     )
     parser.add_argument("action", choices=["show"])
-    parser.add_argument("config", metavar="CONFIG", help="as for `fastbeit pretrain`")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for `fastbeit pretrain`")
-    parser.add_argument("-o", "--output", type=Path, default=Path("sheet.png"), help="PNG file to write (sheet.png)")
+    _add_config(parser)
+    parser.add_argument("-o", "--output", type=_path, default=Path("sheet.png"), help="PNG file to write (sheet.png)")
     parser.add_argument("--images", type=int, default=8, metavar="N", help="rows of the sheet (8)")
-    options, more = parser.parse_known_intermixed_args(args)
+    options, settings = parse(parser, args)
+    config = _config(options.config, settings)
 
-    from fastbeit.config.read import load_config
     from fastbeit.jobs.show import show
 
-    config = load_config(options.config, overrides_of([*options.settings, *more]))
     print(show(config, options.output, options.images))
     return DONE
 
@@ -272,20 +288,18 @@ def _plan(args: list[str]) -> int:
         description="What pre-training takes on GPUs that need not be there: memory, micro-batches, hours, disk and "
         "processor cores. Formulas and their assumptions: docs/planning.md.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="as for `fastbeit pretrain`")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for `fastbeit pretrain`")
+    _add_config(parser)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="h100, for example; a wrong name lists them")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(8)")
     parser.add_argument("--images", type=int, default=1_281_167, metavar="N", help="of the data set (ImageNet-1k's)")
     parser.add_argument("--image-kb", type=float, default=110, metavar="KB", help="an image's file on average (110)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    options, more = parser.parse_known_intermixed_args(args)
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write the numbers there too")
+    options, settings = parse(parser, args)
+    config = _config(options.config, settings)
 
-    from fastbeit.config.read import load_config
     from fastbeit.jobs.plan import Machine, plan
 
-    config = load_config(options.config, overrides_of([*options.settings, *more]))
     machine = Machine(options.gpus, options.gpu, options.gpus_per_node, options.images, options.image_kb)
     print(plan(config, machine, options.json))
     return DONE
@@ -295,8 +309,8 @@ def _report(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit report", description="Measure and draw what a run learnt: PNG files and one HTML page."
     )
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("-o", "--output", type=Path, help="the page; RUN/report.html when not given")
+    parser.add_argument("run", type=_path, help="run directory")
+    parser.add_argument("-o", "--output", type=_path, help="the page; RUN/report.html when not given")
     parser.add_argument(
         "--crops", type=int, default=NUM_CROPS, help="measured of held-out and of training images, each"
     )
@@ -311,14 +325,14 @@ def _demo(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit demo", description="Photos to pictures of what was learnt, in minutes, on a CPU."
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory; the same again continues")
-    parser.add_argument("--data", type=Path, help="folder of photos of your own")
-    parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value", help="settings of pre-training")
-    options = parser.parse_args(args)
+    parser.add_argument("--out", type=_path, default=Path("runs/demo"), help="directory; the same again continues")
+    parser.add_argument("--data", type=_path, help="folder of photos of your own")
+    parser.add_argument("--pretrain", action="store_true", help="before key=value: settings of pre-training")
+    options, settings = parse(parser, args)
 
     from fastbeit.jobs.demo import run_demo
 
-    return run_demo(options.out, options.data, options.pretrain, NUM_CROPS, ["fastbeit", "demo", *args])
+    return run_demo(options.out, options.data, settings, NUM_CROPS, ["fastbeit", "demo", *args])
 
 
 def _doctor(args: list[str]) -> int:
@@ -329,24 +343,17 @@ def _doctor(args: list[str]) -> int:
         "card, kernels are interpreted at small ones. Ends with 2 where something that CONFIG asks for by name does "
         "not run.",
     )
-    parser.add_argument("settings", nargs="*", metavar="CONFIG key=value", help="as for `fastbeit pretrain`; or BEiT-B")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
-    options, more = parser.parse_known_intermixed_args(args)
-
-    from fastbeit.config.pretrain import Config
-    from fastbeit.config.read import configure, load_config
-
-    settings = [*options.settings, *more]
-    if settings and "=" not in settings[0]:
-        config = load_config(settings[0], overrides_of(settings[1:]))
-    else:
-        config = configure(Config, overrides_of(settings))
+    parser.add_argument("config", nargs="*", metavar="CONFIG key=value", help="as for `fastbeit pretrain`; or BEiT-B")
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write the table there too")
+    options, settings = parse(parser, args)
+    config = _config(options.config, settings) if options.config else configure(Config, settings)
 
     from fastbeit.jobs.doctor import PAPERS_WORDS, doctor, num_outputs_of
 
-    return doctor(config, num_outputs_of(config) if settings else PAPERS_WORDS, options.json)
+    return doctor(config, num_outputs_of(config) if options.config or settings else PAPERS_WORDS, options.json)
 
 
+PARTS = "index check", "data show", "tokenizer train", "tokenizer import", "tokenizer fetch"  # of verbs
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "index": _index,

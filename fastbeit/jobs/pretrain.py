@@ -50,6 +50,7 @@ def pretrain(config: Config, command: list[str]) -> int:
         RunError: bad config, data or checkpoint; the message says what to do.
     """
     _check_paths(config)
+    warnings = masking.try_rule(masking.rule_of(config))
     began = time.perf_counter()
     world = start_world(config.engine)
     check_batch(config.optim, world)
@@ -61,7 +62,8 @@ def pretrain(config: Config, command: list[str]) -> int:
     chosen, lines = chosen_kernels(config, num_outputs(config, source.vocab_size), world)
     tried = time.perf_counter()
     took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {tried - opened:.1f} s"
-    task = Pretraining(chosen, world, index, source, [str(pipeline), *lines, _how(config, world.device), took])
+    lines = [str(pipeline), *lines, _how(config, world.device), took, *warnings]
+    task = Pretraining(chosen, world, index, source, lines)
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
         outcome = train(task, config, world, Path(config.out), stop, command)
@@ -191,14 +193,26 @@ def blank_inputs(config: Config, num_images: int, device: torch.device) -> tuple
 
 
 def _check_paths(config: Config) -> None:
-    """What a run cannot do without is said before anything is started."""
-    for key, value in {"out": config.out, "data.index": config.data.index}.items():
-        if not value:
-            raise ConfigError(f"{key} is not set; add {key}=PATH")
+    """What a run cannot do without is said before anything is started, all of it at once."""
+    unset = [key for key, value in {"out": config.out, "data.index": config.data.index}.items() if not value]
+    lines = [f"{key} is not set; add {key}=PATH" for key in unset]
     paths = {"data.index": config.data.index, "data.val_index": config.data.val_index}
     if config.objective == "tokens":
         paths["tokenizer.path"] = config.tokenizer.path
     for key, value in paths.items():
         if value and not Path(value).exists():
-            hint = "fastbeit tokenizer train --data INDEX -o" if "tokenizer" in key else "fastbeit index SOURCE -o"
-            raise RunError(f"{key}: '{value}' does not exist; make it with `{hint} {value}`", DATA_MISSING)
+            lines.append(f"{key}: '{value}' does not exist; {_how_to_make(key, value)}")
+    if unset:
+        raise ConfigError("\n".join(lines))
+    if lines:
+        raise RunError("\n".join(lines), DATA_MISSING)
+
+
+def _how_to_make(key: str, path: str) -> str:
+    if key != "tokenizer.path":
+        return f"make it with `fastbeit index SOURCE -o {path}`"
+    return (
+        f"get OpenAI's with `fastbeit tokenizer fetch -o {path}`, or make it of weights that you have with `fastbeit "
+        f"tokenizer import FILE -o {path}`, or of your images with `fastbeit tokenizer train --data INDEX -o {path}`; "
+        "tokenizer.path= (nothing) takes the small one that comes with fastbeit"
+    )

@@ -77,6 +77,7 @@ def show(config: Config, output: Path, num_images: int) -> str:
         raise ConfigError("data.index is not set; add data.index=PATH")
     if num_images < 1 or output.suffix.lower() != ".png":
         raise ConfigError(f"a sheet wants at least one image and a name in .png; got {num_images} for '{output}'")
+    warnings = masking.try_rule(masking.rule_of(config))
     index = open_index(Path(config.data.index))
     world = World(rank=0, size=1, device=device_of(config.engine))
     run, tokens = (Path(path) if path else None for path in (config.out, config.data.tokens))
@@ -94,7 +95,7 @@ def show(config: Config, output: Path, num_images: int) -> str:
     except OSError as err:
         raise RunError(f"cannot write '{output}': {err.strerror or err}", CANNOT_WRITE) from None
     replaced = [f"replaced, a bad image: {reason}" for _, reason in seen.bad]
-    return "\n".join([f"{output}: {head}", str(pipeline), *replaced])
+    return "\n".join([f"{output}: {head}", str(pipeline), *replaced, *warnings])
 
 
 def see(config: Config, index: Index, token_size: Size | None, num_images: int) -> Seen:

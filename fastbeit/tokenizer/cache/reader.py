@@ -24,6 +24,7 @@ from numpy.lib import format as npy
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from fastbeit.config.explain import explain
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Count, Fraction, Positive, Section, Size
 from fastbeit.data.index.reader import Index
@@ -216,9 +217,7 @@ def read_card(path: Path) -> Card:
             )
         return Card.model_validate_json(text)
     except ValidationError as err:
-        first = err.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole file"
-        raise CacheError(f"'{path}': {place}: {first['msg']}; copy it again, or make the tokens again") from None
+        raise CacheError(f"'{path}': {explain(err, Card)[0]}; copy it again, or make the tokens again") from None
 
 
 def pipeline_of(folder: Path) -> str | None:
