@@ -7,6 +7,7 @@ import pytest
 
 from fastbeit import __version__
 from fastbeit.cli import main
+from fastbeit.plural import counted
 from helpers.tiny import make_photos, run
 
 
@@ -66,12 +67,56 @@ def test_a_mistake_ends_in_one_line_and_an_exit_code(args, code, message, capsys
     assert message in stderr and stderr.count("\n") <= 1 and "Traceback" not in stderr
 
 
+@pytest.mark.parametrize(
+    "number, noun, said", [(1, "image", "1 image"), (0, "class", "0 classes"), (2000, "file", "2,000 files")]
+)
+def test_a_number_has_its_noun(number, noun, said):
+    assert counted(number, noun) == said
+
+
+def settings_of(command: list[str], monkeypatch) -> list:
+    """The configurations that a command hands to its job."""
+    given = []
+    for job in ("pretrain.pretrain", "tokenize.tokenize", "show.show", "plan.plan", "doctor.doctor"):
+        monkeypatch.setattr(f"fastbeit.jobs.{job}", lambda config, *_, **__: given.append(config) or 0)
+    monkeypatch.setattr(
+        "fastbeit.jobs.train_tokenizer.train_tokenizer", lambda config, *_, **__: given.append(config) or 0
+    )
+    monkeypatch.setattr("fastbeit.jobs.demo.run_demo", lambda *given_: given.append(sorted(given_[2])) or 0)
+    assert main(command) == 0
+    return given
+
+
+VERBS = {
+    "pretrain": ["pretrain", "demo"],
+    "tokenize": ["tokenize", "demo"],
+    "show": ["data", "show", "demo", "-o", "x=y.png"],
+    "plan": ["plan", "demo", "--gpus", "1", "--gpu=h100"],
+    "doctor": ["doctor", "demo", "--json", "a=b"],
+    "tokenizer": ["tokenizer", "train", "--data", "a=b", "-o", "c"],
+    "demo": ["demo", "--out", "a=b"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_settings_are_read_alike_in_every_verb_and_in_any_order(verb, monkeypatch):
+    num_words = 2 if VERBS[verb][1] in ("show", "train") else 1
+    words, more = VERBS[verb][:num_words], VERBS[verb][num_words:]
+    forms = [
+        [*words, *more, "optim.lr=0.25", "seed=3"],
+        [*words, "optim.lr=0.25", *more, "--seed", "3"],
+        [*words, "--optim.lr", "0.25", "--seed=3", *more],
+    ]
+    found = [settings_of(form, monkeypatch) for form in forms]
+    assert found[0] == found[1] == found[2] and len(found[0]) == 1
+
+
 def test_a_folder_is_indexed_and_what_is_no_image_is_listed(tmp_path):
     photos = make_photos(tmp_path / "photos", 3)
     (photos / "notes.jpg").write_text("<html>not found</html>")
     done = run("index", str(photos), "-o", str(tmp_path / "images.idx"))
     assert done.returncode == 0, done.stderr
-    assert "3 images, 1 files skipped" in done.stdout
+    assert "3 images, 1 file skipped" in done.stdout
     assert "notes.jpg" in (tmp_path / "images.idx.skipped").read_text()
 
 

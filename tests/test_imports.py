@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # a room imports rooms of floors below its own, and itself
 FLOORS = (
-    {"__init__", "cores", "errors", "files", "fastbeit_kernels"},
+    {"__init__", "cores", "errors", "files", "plural", "fastbeit_kernels"},
     {"config"},
     {"data", "engine", "masking"},
     {"model", "tokenizer"},

@@ -19,6 +19,7 @@ from fastbeit.evaluate.finished_run import Figures
 from fastbeit.jobs.index import index
 from fastbeit.jobs.pretrain import pretrain
 from fastbeit.jobs.report import report
+from fastbeit.plural import counted
 
 # what the demo promises on the photos of the packages; below it, something is amiss
 WANTED_GAIN, WANTED_TRAIN_GAIN, WANTED_WORDS = 0.3, 0.5, 512
@@ -38,7 +39,7 @@ def run_demo(out: Path, source: Path | None, overrides: list[str], num_crops: in
     """
     began = time.monotonic()
     num_train, num_held_out = gather_photos(out / "photos", source)
-    print(f"{num_train} photos to learn from, {num_held_out} held out, in {out / 'photos'}")
+    print(f"{counted(num_train, 'photo')} to learn from, {num_held_out} held out, in {out / 'photos'}")
     for words, job in _jobs(out, overrides, num_crops):
         print(f"\n$ {shlex.join(['fastbeit', *words])}", flush=True)
         code = job()

@@ -28,6 +28,7 @@ from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
 from fastbeit.model.beit import Beit, make_beit, num_outputs
 from fastbeit.model.kernels import chosen_kernels
+from fastbeit.plural import counted
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
 from fastbeit.train.log import RunLog
@@ -156,8 +157,8 @@ class Pretraining:
         config, source, world = self.config, self.source, self.world
         parameters = sum(parameter.numel() for parameter in model.parameters())
         log.say(
-            f"{self.num_images:,} images, {parameters:,} parameters, {world.size} rank(s) on {world.device.type}, "
-            f"steps {log.first_step} to {log.num_steps}, out {config.out}"
+            f"{counted(self.num_images, 'image')}, {parameters:,} parameters, {counted(world.size, 'rank')} on "
+            f"{world.device.type}, steps {log.first_step} to {log.num_steps}, out {config.out}"
         )
         for line in self.lines:
             log.say(line)

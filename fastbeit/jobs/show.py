@@ -26,6 +26,7 @@ from fastbeit.engine.ranks import World, device_of
 from fastbeit.errors import CANNOT_WRITE, ConfigError, RunError
 from fastbeit.evaluate.pictures import hide
 from fastbeit.files import aside, put_in_place
+from fastbeit.plural import counted
 from fastbeit.tokenizer.source import open_token_source
 from fastbeit.train.pipeline import settle_pipeline
 
@@ -84,7 +85,7 @@ def show(config: Config, output: Path, num_images: int) -> str:
     config, pipeline = settle_pipeline(config, world, run, tokens)
     source = open_token_source(config, index, torch.device("cpu"))
     seen = see(config, index, source.token_size, num_images)
-    head = f"the first {len(seen.sample)} images of training, seed {config.seed}"
+    head = f"the first {counted(len(seen.sample), 'image')} of training, seed {config.seed}"
     if seen.token_images is None:
         head += f"; no token view is made: visual tokens {source}"
     sheet = draw_sheet(config, index, seen, head)

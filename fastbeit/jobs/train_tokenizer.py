@@ -21,6 +21,7 @@ from fastbeit.data.to_device import on_device
 from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DONE
+from fastbeit.plural import counted
 from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.fast import DiscreteVAE
 from fastbeit.tokenizer.protocol import Tokenizer
@@ -192,7 +193,7 @@ class DvaeTraining:
     def greet(self, log: RunLog, model: nn.Module) -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         log.say(
-            f"{self.num_images:,} images, {parameters:,} parameters, {self.world.size} rank(s) on "
+            f"{counted(self.num_images, 'image')}, {parameters:,} parameters, {counted(self.world.size, 'rank')} on "
             f"{self.world.device.type}, steps {log.first_step} to {log.num_steps}"
         )
         if log.first_step:

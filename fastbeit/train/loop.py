@@ -23,6 +23,7 @@ from fastbeit.engine.fitting import Rehearsal, fitting_accumulate, out_of_memory
 from fastbeit.engine.protocol import make_engine
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DONE, PREEMPTED, ConfigError, DataError, RunError
+from fastbeit.plural import counted
 from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.checkpoint import Saver
 from fastbeit.train.ema import Average
@@ -310,7 +311,10 @@ def _say(log: RunLog, task: Task, meter: Meter, place: dict[str, float], num_bad
     if reading.warning:
         log.say(reading.warning)
     if meter.num_empty:
-        log.say(f"WARNING: {meter.num_empty} step(s) since the last line had nothing to predict, no label in any image")
+        log.say(
+            f"WARNING: {counted(meter.num_empty, 'step')} since the last line had nothing to predict: no label in any "
+            "image"
+        )
 
 
 def _see(log: RunLog, look: Look, model: nn.Module, step: int) -> None:

@@ -85,7 +85,7 @@ def test_steps_without_a_label_are_said_and_stop_a_run(train, monkeypatch, capfd
     with pytest.raises(RunError, match="nothing to predict in the last 5 steps up to step 5: no label") as caught:
         train(optim__steps=9, masking__num_masked=13, masking__min_block=13)
     assert caught.value.exit_code == 1
-    assert "WARNING: 1 step(s) since the last line had nothing to predict" in capfd.readouterr().err
+    assert "WARNING: 1 step since the last line had nothing to predict" in capfd.readouterr().err
 
 
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(train, tmp_path):

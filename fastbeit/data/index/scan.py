@@ -31,6 +31,7 @@ from fastbeit.data.index.sources import Source, open_source
 from fastbeit.data.index.writer import Rows, write_index
 from fastbeit.errors import CANNOT_CREATE, BadImage, DataError, RunError
 from fastbeit.files import aside
+from fastbeit.plural import counted
 
 THREADS = 16  # headers are read one small piece a file: the storage's latency is what is waited for
 TOGETHER = 16  # images that a thread takes at a time
@@ -47,12 +48,14 @@ class Summary:
     skipped: list[Reason]  # path relative to the source, and why
 
     def __str__(self) -> str:
-        found = f"{self.num_images} images" + f" in {self.num_classes} classes" * bool(self.num_classes)
+        found = counted(self.num_images, "image") + f" in {counted(self.num_classes, 'class')}" * bool(self.num_classes)
         kinds = Counter(reason.partition(":")[0] for _, reason in self.skipped).most_common()
         counts = "".join(f"\n  {number} x {kind}" for kind, number in kinds) if len(kinds) > 1 else ""
         listed = [f"  {path!r}: {reason}" for path, reason in self.skipped[:SHOWN]]
         more = [f"  and {len(self.skipped) - SHOWN} more"] if len(self.skipped) > SHOWN else []
-        return "\n".join([f"{found}, {len(self.skipped)} files skipped" + ":" * bool(listed) + counts, *listed, *more])
+        return "\n".join(
+            [f"{found}, {counted(len(self.skipped), 'file')} skipped" + ":" * bool(listed) + counts, *listed, *more]
+        )
 
 
 @dataclass
@@ -87,7 +90,8 @@ def build_index(source: Path, output: Path, progress: bool = True) -> Summary:
         if not rows:
             reasons = "; ".join(f"{path!r}: {reason}" for path, reason in skipped[:3])
             raise DataError(
-                f"no image in '{source}'" + (f"; {len(skipped)} files skipped, such as {reasons}" if skipped else "")
+                f"no image in '{source}'"
+                + (f"; {counted(len(skipped), 'file')} skipped, such as {reasons}" if skipped else "")
             )
         with _writing(output):
             num_classes = write_index(rows, opened, len(skipped), output)

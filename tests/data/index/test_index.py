@@ -75,7 +75,7 @@ def test_bad_files_are_skipped_with_their_reasons(tmp_path):
     cut = {name for name, reason in summary.skipped if reason.startswith("truncated: ")}
     assert cut == {"half.jpg", "half.png", "header.jpg"}
     said = str(summary).splitlines()
-    assert said[:3] == ["1 images, 9 files skipped:", "  3 x too large", "  3 x truncated"]
+    assert said[:3] == ["1 image, 9 files skipped:", "  3 x too large", "  3 x truncated"]
     assert [line.split(": ")[0] for line in said[-9:]] == [f"  {name!r}" for name in sorted(photos.bad_files())]
 
 
