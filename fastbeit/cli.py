@@ -1,6 +1,8 @@
 """The command `fastbeit`: one verb a job, no logic."""
 
 import argparse
+import difflib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -8,7 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastbeit import __version__
-from fastbeit.config.read import explain_config, explain_fields, overrides_of
+from fastbeit.config.arguments import one_config, parse
+from fastbeit.config.pretrain import Config
+from fastbeit.config.read import configure, explain_config, explain_fields, load_config, shipped_configs
 from fastbeit.cores import num_cores
 from fastbeit.errors import DONE, USAGE, RunError
 from fastbeit.process import keep_outputs_harmless, leave
@@ -27,7 +31,8 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit tokenizer import FILE [FILE] -o DIR     or from weights that you have; nothing in them is run
   fastbeit tokenize CONFIG data.num_crops=K        tokens of K crops an image ahead of time; pretrain data.tokens=tokens
   fastbeit data show CONFIG [-o sheet.png]         a picture of what training sees: crops, token views, masks
-  fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues
+  fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues. CONFIG: a YAML file, or
+                                                   beit_base_in1k, beit_large_in1k or demo
   fastbeit plan CONFIG --gpus N --gpu NAME         memory, hours, disk and cores that it will take, on any computer
   fastbeit report RUN                              pictures and the HTML page of a run
   fastbeit doctor [CONFIG] [key=value ...]         what of this machine a run can use, and whether each kernel is right
@@ -68,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         return DONE
     verb, *rest = args
     if verb not in VERBS:
-        print(f"fastbeit: no verb '{verb}'; there are {', '.join(VERBS)}", file=sys.stderr)
+        print(f"fastbeit: no verb '{verb}'{_meant(verb)} There are {', '.join(VERBS)}", file=sys.stderr)
         return USAGE
     try:
         return VERBS[verb](rest)
@@ -81,12 +86,34 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _pretrain(args: list[str]) -> int:
-    from fastbeit.config.read import load_config
+def _meant(word: str) -> str:
+    """The verbs nearest to a word, by the last part of their names."""
+    ends = {name.split()[-1]: name for name in (*VERBS, *PARTS)}
+    near = [ends[end] for end in difflib.get_close_matches(word, ends, n=2)]
+    return f"; did you mean {' or '.join(near)}?" if near else "."
 
-    if not args or {"-h", "--help"} & set(args):
-        return explain_config([arg for arg in args if arg not in ("-h", "--help")])
-    config = load_config(args[0], overrides_of(args[1:]))
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
+def _config(names: list[str], settings: list[str]) -> Config:
+    return load_config(one_config(names, list(shipped_configs())), settings)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    """For the help alone: `parse` takes settings out before."""
+    parser.add_argument("config", nargs="*", metavar="CONFIG [key=value ...]", help="as for `fastbeit pretrain`")
+
+
+def _pretrain(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("fastbeit pretrain", add_help=False)
+    _add_config(parser)
+    parser.add_argument("-h", "--help", action="store_true")
+    options, settings = parse(parser, args)
+    if options.help:
+        return explain_config(options.config, settings)
+    config = _config(options.config, settings)
 
     from fastbeit.jobs.pretrain import pretrain
 
@@ -97,22 +124,17 @@ def _tokenize(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit tokenize",
         description="Tokens of data.num_crops crops of each image, those that `fastbeit pretrain` will draw with the "
-        "same CONFIG and keys; the same command again continues. Runs under the launchers of several ranks too.",
+        "same CONFIG and keys, for example data.num_crops=8; they go into data.tokens=DIR (tokens). The same command "
+        "again continues. Runs under the launchers of several ranks too.",
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="as for `fastbeit pretrain`")
-    parser.add_argument(
-        "settings",
-        nargs=argparse.REMAINDER,
-        metavar="key=value",
-        help="data.num_crops=K; data.tokens=DIR is where they go (tokens)",
-    )
+    _add_config(parser)
     parser.add_argument(
         "--info",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="compare all tokens in DIR with their checksums (a training compares a sample), and say what they are",
     )
-    options = parser.parse_args(args)
+    options, settings = parse(parser, args)
 
     if options.info:
         from fastbeit.tokenizer.cache.info import describe
@@ -120,13 +142,10 @@ def _tokenize(args: list[str]) -> int:
 
         print(describe(open_cache(options.info)))
         return DONE
-    if not options.config:
-        parser.error("CONFIG or --info DIR is wanted")
+    config = _config(options.config, settings)
 
-    from fastbeit.config.read import load_config
     from fastbeit.jobs.tokenize import tokenize
 
-    config = load_config(options.config, overrides_of(options.settings))
     return tokenize(config, command=["fastbeit", "tokenize", *args])
 
 
@@ -140,14 +159,14 @@ def _index(args: list[str]) -> int:
     )
     parser.add_argument(
         "source",
-        type=Path,
+        type=_path,
         nargs="+",
         metavar="SOURCE",
         help="folder of images, flat or with class folders, any depth; 'photos/*.jpg', in quotes; tar or zip, or a "
         "folder, a 'glob-*.tar' or a list 'x-{000..099}.tar' of them, in quotes; Parquet or a folder of `datasets`; "
         "text of a path a line, and after a TAB its class",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="index file to write")
+    parser.add_argument("-o", "--output", type=_path, required=True, help="index file to write")
     parser.add_argument(
         "--hold-out",
         type=float,
@@ -175,7 +194,7 @@ def _check_index(args: list[str]) -> int:
         description="Compare all of an index with its checksums, of which a training compares a sample, and decode all "
         "of its images; those that are bad, or are not those that were indexed, are listed.",
     )
-    parser.add_argument("index", type=Path, help="made by `fastbeit index`")
+    parser.add_argument("index", type=_path, help="made by `fastbeit index`")
     parser.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes (a core each)")
     options = parser.parse_args(args)
 
@@ -190,8 +209,8 @@ def _shard(args: list[str]) -> int:
         description="Copy images into tar shards of small JPEGs, which load faster; the same command again continues. "
         "JPEGs that are small enough are copied as they are; bad images are left out and listed.",
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="as for `fastbeit index`, or an index")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("source", type=_path, metavar="SOURCE", help="as for `fastbeit index`, or an index")
+    parser.add_argument("-o", "--output", type=_path, required=True, help="directory to write")
     parser.add_argument(
         "--max-side",
         type=int,
@@ -243,8 +262,8 @@ def _import_tokenizer(args: list[str]) -> int:
         "mmpretrain's dalle_encoder.pth, FLAVA's or the BEiT authors' pytorch_model.bin, or a codebook in safetensors. "
         "Nothing that a file says is run, and weights that do not encode test pictures as a tokenizer are refused.",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="one, or encoder and decoder")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("files", nargs="+", type=_path, metavar="FILE", help="one, or encoder and decoder")
+    parser.add_argument("-o", "--output", type=_path, required=True, help="directory to write")
     options = parser.parse_args(args[1:])
 
     from fastbeit.weights.tokenizers import import_tokenizer
@@ -267,7 +286,7 @@ def _fetch_tokenizer(args: list[str]) -> int:
         default="openai",
         help="who keeps it: openai (400 MB), or the copies of flava and mmpretrain, which have no decoder (215 MB)",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("-o", "--output", type=_path, required=True, help="directory to write")
     options = parser.parse_args(args[1:])
     print(fetch_tokenizer(options.output, SOURCES[options.source]))
     return DONE
@@ -277,19 +296,18 @@ def _train_tokenizer(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit tokenizer train", description="Train a dVAE of your own; the same command again continues."
     )
-    parser.add_argument("--data", type=Path, required=True, help="index of the images, made by `fastbeit index`")
-    parser.add_argument("--val", type=Path, help="index of held-out images that the tokenizer is judged by")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="`fastbeit tokenizer train --keys` lists them")
+    parser.add_argument("--data", type=_path, required=True, help="index of the images, made by `fastbeit index`")
+    parser.add_argument("--val", type=_path, help="index of held-out images that the tokenizer is judged by")
+    parser.add_argument("-o", "--output", type=_path, required=True, help="directory to write")
+    parser.add_argument("--keys", action="store_true", help="list the settings that key=value takes")
 
-    from fastbeit.config.read import configure
     from fastbeit.config.tokenizer import TokenizerTrainConfig
     from fastbeit.jobs.train_tokenizer import train_tokenizer
 
     if "--keys" in args:
         return explain_fields("fastbeit tokenizer train", configure(TokenizerTrainConfig, []))
-    options = parser.parse_intermixed_args(args[1:])
-    config = configure(TokenizerTrainConfig, options.settings)
+    options, settings = parse(parser, args[1:])
+    config = configure(TokenizerTrainConfig, settings)
     return train_tokenizer(config, options.data, options.val, options.output, command=["fastbeit", "tokenizer", *args])
 
 
@@ -300,16 +318,14 @@ def _data(args: list[str]) -> int:
         "with the box of its crop, both views and the mask.",
     )
     parser.add_argument("action", choices=["show"])
-    parser.add_argument("config", metavar="CONFIG", help="as for `fastbeit pretrain`")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for `fastbeit pretrain`")
-    parser.add_argument("-o", "--output", type=Path, default=Path("sheet.png"), help="PNG file to write (sheet.png)")
+    _add_config(parser)
+    parser.add_argument("-o", "--output", type=_path, default=Path("sheet.png"), help="PNG file to write (sheet.png)")
     parser.add_argument("--images", type=int, default=8, metavar="N", help="rows of the sheet (8)")
-    options, more = parser.parse_known_intermixed_args(args)
+    options, settings = parse(parser, args)
+    config = _config(options.config, settings)
 
-    from fastbeit.config.read import load_config
     from fastbeit.jobs.show import show
 
-    config = load_config(options.config, overrides_of([*options.settings, *more]))
     print(show(config, options.output, options.images))
     return DONE
 
@@ -320,20 +336,18 @@ def _plan(args: list[str]) -> int:
         description="What pre-training takes on GPUs that need not be there: memory, micro-batches, hours, disk and "
         "processor cores. Formulas and their assumptions: docs/planning.md.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="as for `fastbeit pretrain`")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for `fastbeit pretrain`")
+    _add_config(parser)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="h100, for example; a wrong name lists them")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(8)")
     parser.add_argument("--images", type=int, default=1_281_167, metavar="N", help="of the data set (ImageNet-1k's)")
     parser.add_argument("--image-kb", type=float, default=110, metavar="KB", help="an image's file on average (110)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    options, more = parser.parse_known_intermixed_args(args)
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write the numbers there too")
+    options, settings = parse(parser, args)
+    config = _config(options.config, settings)
 
-    from fastbeit.config.read import load_config
     from fastbeit.jobs.plan import Machine, plan
 
-    config = load_config(options.config, overrides_of([*options.settings, *more]))
     machine = Machine(options.gpus, options.gpu, options.gpus_per_node, options.images, options.image_kb)
     print(plan(config, machine, options.json))
     return DONE
@@ -343,8 +357,8 @@ def _report(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit report", description="Measure and draw what a run learnt: PNG files and one HTML page."
     )
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("-o", "--output", type=Path, help="the page; RUN/report.html when not given")
+    parser.add_argument("run", type=_path, help="run directory")
+    parser.add_argument("-o", "--output", type=_path, help="the page; RUN/report.html when not given")
     parser.add_argument(
         "--crops", type=int, default=NUM_CROPS, help="measured of held-out and of training images, each"
     )
@@ -359,14 +373,14 @@ def _demo(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit demo", description="Photos to pictures of what was learnt, in minutes, on a CPU."
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory; the same again continues")
-    parser.add_argument("--data", type=Path, help="folder of photos of your own")
-    parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value", help="settings of pre-training")
-    options = parser.parse_args(args)
+    parser.add_argument("--out", type=_path, default=Path("runs/demo"), help="directory; the same again continues")
+    parser.add_argument("--data", type=_path, help="folder of photos of your own")
+    parser.add_argument("--pretrain", action="store_true", help="before key=value: settings of pre-training")
+    options, settings = parse(parser, args)
 
     from fastbeit.jobs.demo import run_demo
 
-    return run_demo(options.out, options.data, options.pretrain, NUM_CROPS, ["fastbeit", "demo", *args])
+    return run_demo(options.out, options.data, settings, NUM_CROPS, ["fastbeit", "demo", *args])
 
 
 def _doctor(args: list[str]) -> int:
@@ -378,30 +392,24 @@ def _doctor(args: list[str]) -> int:
         "not run. With --tune it then times a block, forward and backward, by each attention that is right, and the "
         "loss by rows a chunk; a choice that is 3 % faster than the default is kept for runs of these shapes.",
     )
-    parser.add_argument("settings", nargs="*", metavar="CONFIG key=value", help="as for `fastbeit pretrain`; or BEiT-B")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("config", nargs="*", metavar="CONFIG key=value", help="as for `fastbeit pretrain`; or BEiT-B")
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write the table there too")
     parser.add_argument(
         "--tune",
         action="store_true",
         help="some minutes on a card; kept in $XDG_CACHE_HOME/fastbeit/tuned.json (~/.cache), by device, versions and "
         "shapes. On a CPU a try that decides nothing",
     )
-    options, more = parser.parse_known_intermixed_args(args)
-
-    from fastbeit.config.pretrain import Config
-    from fastbeit.config.read import configure, load_config
-
-    settings = [*options.settings, *more]
-    if settings and "=" not in settings[0]:
-        config = load_config(settings[0], overrides_of(settings[1:]))
-    else:
-        config = configure(Config, overrides_of(settings))
+    options, settings = parse(parser, args)
+    config = _config(options.config, settings) if options.config else configure(Config, settings)
 
     from fastbeit.jobs.doctor import PAPERS_WORDS, doctor, num_outputs_of
 
-    return doctor(config, num_outputs_of(config) if settings else PAPERS_WORDS, options.json, options.tune)
+    num_outputs = num_outputs_of(config) if options.config or settings else PAPERS_WORDS
+    return doctor(config, num_outputs, options.json, options.tune)
 
 
+PARTS = "index check", "data show", "tokenizer train", "tokenizer import", "tokenizer fetch"  # of verbs
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "index": _index,

@@ -56,10 +56,10 @@ class BadImage(Exception):
 
 
 class TokenizerError(RunError):
-    """The files of a tokenizer cannot be used: exit code 78."""
+    """The files of a tokenizer cannot be used: damaged or others (exit code 78), or not there (66)."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, CHECKPOINT_UNUSABLE)
+    def __init__(self, message: str, exit_code: int = CHECKPOINT_UNUSABLE) -> None:
+        super().__init__(message, exit_code)
 
 
 class CacheError(RunError):

@@ -5,7 +5,7 @@ block that would go over is drawn again, and after `ATTEMPTS` draws in vain the 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Backend, MaskingConfig
+from fastbeit.errors import ConfigError
 from fastbeit_kernels.block_masks import ATTEMPTS, block_masks, random_masks
 from fastbeit_kernels.cross_entropy import IGNORE_INDEX
 
 UNUSED = IGNORE_INDEX  # label of a slot that the loss leaves out
+NUM_TRIED = 256  # masks, before a run: enough for shares to the percent
+SMALL_SHARE = 0.2  # of the patches; the paper hides 0.4
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,18 @@ class MaskRule:
     predict: Literal["masked", "all"] = "masked"
     backend: Backend = "auto"
 
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_masked(self) -> int:
+        return self.masking.num_masked_of(self.num_patches)
+
+    @property
+    def min_block(self) -> int:
+        return self.masking.min_block_of(self.num_patches)
+
 
 def rule_of(config: Config) -> MaskRule:
     return MaskRule(config.mask, config.masking, config.grid, config.seed, config.predict, config.kernels.by_op.masks)
@@ -59,7 +74,7 @@ def rule_of(config: Config) -> MaskRule:
 def draw(rule: MaskRule, epoch: Tensor, sample: Tensor) -> Slots:
     """The slots of some samples, [B] int64, on their device: a function of (seed, epoch, sample)."""
     masks = draw_masks(rule, epoch, sample)
-    return slots_of(masks, rule.grid[0] * rule.grid[1], rule.predict)
+    return slots_of(masks, rule.num_patches, rule.predict)
 
 
 def label(slots: Slots, tokens: Tensor | None) -> Tensor:
@@ -112,13 +127,44 @@ def draw_masks(rule: MaskRule, epoch: Tensor, sample: Tensor) -> Masks:
     Args:
         epoch, sample: [B] int64.
     """
-    masking, place = rule.masking, (rule.seed, epoch, sample, rule.grid)
+    place = rule.seed, epoch, sample, rule.grid
     if rule.kind == "none":
         return Masks(sample.new_empty(len(sample), 0), torch.zeros_like(sample))
     if rule.kind == "random":
-        return Masks(*random_masks(*place, masking.num_masked, rule.backend))
-    blocks = masking.num_masked, masking.min_block, masking.min_aspect
+        return Masks(*random_masks(*place, rule.num_masked, rule.backend))
+    blocks = rule.num_masked, rule.min_block, rule.masking.min_aspect
     return Masks(*block_masks(*place, *blocks, rule.backend))
+
+
+def try_rule(rule: MaskRule) -> list[str]:
+    """Draw the first masks of a run, by the reference; what a user should know of them, a line each.
+
+    Raises:
+        ConfigError: most of them hide nothing.
+    """
+    if rule.kind == "none":
+        return []
+    sample = torch.arange(NUM_TRIED)
+    counts = draw_masks(replace(rule, backend="reference"), torch.zeros_like(sample), sample).num_masked.double()
+    (height, width), mean, empty = rule.grid, counts.mean().item(), (counts == 0).double().mean().item()
+    room = (
+        f"blocks have {rule.min_block} patches or more (masking.min_block), and must be smaller than the grid of "
+        f"{height}x{width} on both sides: lower masking.min_block"
+    )
+    if empty > 0.5:
+        raise ConfigError(f"{empty:.0%} of the first {NUM_TRIED} masks hide no patch: {room}")
+    lines = []
+    if mean < rule.num_masked / 2:
+        lines.append(
+            f"WARNING: masks hide {mean:.1f} patches on average, less than half of the {rule.num_masked} that "
+            f"masking asks for, and {empty:.0%} of them none; {room}"
+        )
+    if mean < SMALL_SHARE * rule.num_patches:
+        lines.append(
+            f"WARNING: only {mean / rule.num_patches:.0%} of the patches are hidden, {mean:.1f} of {rule.num_patches}; "
+            "the paper hides 40 %, and fewer are easier to guess from what lies around them: masking.ratio=0.4"
+        )
+    return lines
 
 
 def slots_of(masks: Masks, num_patches: int, predict: Literal["masked", "all"]) -> Slots:

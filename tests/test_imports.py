@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # a room imports rooms of floors below its own, and itself
 FLOORS = (
-    {"__init__", "checksums", "cores", "errors", "files", "process", "fastbeit_kernels"},
+    {"__init__", "checksums", "cores", "errors", "files", "plural", "process", "fastbeit_kernels"},
     {"config"},
     {"data", "engine", "masking"},
     {"model", "tokenizer"},

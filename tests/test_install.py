@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
@@ -73,13 +74,34 @@ def test_the_command_says_what_it_does(python):
 def test_the_kernels_serve_their_references_and_name_what_is_missing(python):
     code = """if True:
         import torch, fastbeit_kernels
-        from fastbeit_kernels.cross_entropy import cross_entropy
+        from fastbeit_kernels import cross_entropy
         logits, labels = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
         print(f"{cross_entropy(logits, labels)[0]:.4f}")
         cross_entropy(logits, labels, backend="triton")
     """
     said = python("-c", code)
     assert said.stdout == "1.3863\n" and "pip install 'triton>=3.6'" in said.stderr
+
+
+def test_configs_are_found_by_name_from_any_directory(python, clean):
+    assert not (clean / "configs").exists()
+    said = python("-m", "fastbeit", "plan", "beit_large_in1k", "--gpus=8", "--gpu=h100", "--optim.batch_size", "1024")
+    assert said.returncode == 0 and "batch" in said.stdout, said.stderr
+    packed = sorted(path.name for path in (clean / "fastbeit" / "configs").iterdir())
+    assert packed == sorted(path.name for path in (ROOT / "configs").iterdir())
+
+
+def test_the_source_distribution_makes_the_same_wheel(tmp_path, clean):
+    hatch = [sys.executable, "-m", "hatchling", "build"]
+    finished([*hatch, "-t", "sdist", "-d", tmp_path], cwd=ROOT, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    finished([*hatch, "-t", "wheel", "-d", tmp_path], cwd=source, check=True)
+    (wheel,), (ours,) = tmp_path.glob("*.whl"), clean.parent.glob("*.whl")
+    contents = [{one.filename: one.CRC for one in zipfile.ZipFile(path).infolist()} for path in (wheel, ours)]
+    assert contents[0] == contents[1] and "fastbeit/configs/beit_base_in1k.yaml" in contents[0]
 
 
 def test_a_cpu_pre_trains(python, tmp_path):

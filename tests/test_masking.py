@@ -13,7 +13,19 @@ from fastbeit import masking
 from fastbeit.config.pretrain import MAX_GRID, Config
 from fastbeit.config.sections import MaskingConfig
 from fastbeit.data.sampling import Purpose, uniform
-from fastbeit.masking import UNUSED, MaskRule, Masks, blockwise_mask, draw, draw_masks, label, rule_of, slots_of
+from fastbeit.errors import ConfigError
+from fastbeit.masking import (
+    UNUSED,
+    MaskRule,
+    Masks,
+    blockwise_mask,
+    draw,
+    draw_masks,
+    label,
+    rule_of,
+    slots_of,
+    try_rule,
+)
 from fastbeit_kernels.block_masks import MAX_SIDE
 
 GRID = 14, 14
@@ -95,7 +107,7 @@ def test_fast_masks_are_blockwise_masks(grid, config):
     if config is OFFICIAL:  # masks that would be others in float32, found by trying 2.5 million
         epoch[:6], sample[:6] = 0, torch.tensor([93_779, 201_681, 230_350, 457_003, 567_385, 635_504])
     masks = as_bool(draw_masks(MaskRule("blockwise", config, grid, seed), epoch, sample), num_patches)
-    rule = config.num_masked, config.min_block, config.min_aspect
+    rule = config.num_masked_of(num_patches), config.min_block_of(num_patches), config.min_aspect
     streams = [CountedStream(seed, *key) for key in zip(epoch.tolist(), sample.tolist(), strict=True)]
     one_by_one = [blockwise_mask(stream, grid, *rule) for stream in streams]
     np.testing.assert_array_equal(masks, np.reshape(one_by_one, (100, num_patches)))
@@ -216,3 +228,18 @@ def test_the_rule_of_a_run_draws_its_masks():
     assert rule == MaskRule("blockwise", OFFICIAL, GRID, 0, "masked", "auto")
     slots = draw(rule, *samples(3))
     assert torch.equal(slots.predict_idx, draw_masks(MaskRule("blockwise", OFFICIAL, GRID, 0), *samples(3)).masked_idx)
+
+
+def test_masks_are_tried_before_a_run():
+    """On 4 x 4 patches no block of 13 finds room; of the paper's rule there is nothing to say."""
+
+    def said(kind: str = "blockwise", grid: tuple[int, int] = GRID, **fields) -> list[str]:
+        return try_rule(MaskRule(kind, settings(**fields), grid, 0))  # pyright: ignore[reportArgumentType]
+
+    assert said() == said("random") == said("none", num_masked=1) == []
+    with pytest.raises(ConfigError, match="100% of the first 256 masks .*smaller than the grid of 4x4 on both sides"):
+        said(grid=(4, 4), num_masked=13, min_block=13)
+    (half,) = said(grid=(3, 8), num_masked=24, min_block=12)
+    assert "less than half of the 24 that masking asks for" in half
+    (few,) = said("random", num_masked=25)
+    assert "only 13% of the patches are hidden, 25.0 of 196; the paper hides 40 %" in few

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 from benchmarks.kernels.compiled import SHARED_LIMIT, TARGETS, Case
 
 
 def cross_entropy_cases() -> Iterator[Case]:
-    from fastbeit_kernels import cross_entropy as ce
+    ce = import_module("fastbeit_kernels.cross_entropy")
 
     rows = dict(labels_ptr="*i64", row_loss_ptr="*fp32", row_correct_ptr="*i32")
     scalars = dict(grad_loss_ptr="*fp32", count_ptr="*fp32")
@@ -41,7 +42,7 @@ def cross_entropy_cases() -> Iterator[Case]:
 def masked_embed_cases() -> Iterator[Case]:
     import torch
 
-    from fastbeit_kernels import masked_embed as me
+    me = import_module("fastbeit_kernels.masked_embed")
 
     def make(kernel: Any, variant: str, dtype: str, types: dict, constants: dict, tiles: dict, **expected: Any):
         blocks = {name: size for name, size in tiles.items() if name.startswith("BLOCK")}
@@ -67,7 +68,7 @@ def masked_embed_cases() -> Iterator[Case]:
 
 
 def block_masks_cases() -> Iterator[Case]:
-    from fastbeit_kernels import block_masks as bm
+    bm = import_module("fastbeit_kernels.block_masks")
 
     names = "epoch_ptr", "sample_ptr", "masked_idx_ptr", "num_masked_ptr"
     types = {name: "*i64" for name in names} | dict(seed="i64")
@@ -83,7 +84,7 @@ def block_masks_cases() -> Iterator[Case]:
 def relative_attention_cases() -> Iterator[Case]:
     import torch
 
-    from fastbeit_kernels import relative_attention as ra
+    ra = import_module("fastbeit_kernels.relative_attention")
 
     types = dict.fromkeys(("lse_ptr", "delta_ptr", "sums_ptr"), "*fp32") | dict(scale="fp32", scale_bits="fp32")
     heads, statistics = dict(H=12, K=64), dict(stores_bulk=False, narrow_stores=1)

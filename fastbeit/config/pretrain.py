@@ -2,6 +2,7 @@
 
 Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the authors' code)."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -13,9 +14,11 @@ from fastbeit.config.sections import (
     MaskingConfig,
     ModelConfig,
     OptimConfig,
+    PathText,
     PretrainLogConfig,
     Section,
     TokenizerConfig,
+    refuse,
 )
 
 MAX_GRID = 32  # patches a side that `fastbeit_kernels.block_masks` holds in registers
@@ -27,7 +30,7 @@ class Config(Section):
     renamed: ClassVar[dict[str, str]] = {"data.views": "data.num_crops", "log.val_views": "log.val_crops"}
     earlier: ClassVar[dict[str, Any]] = {"data.pipeline": "torch"}
 
-    out: str = Field(
+    out: PathText = Field(
         default="", description="run directory: config, log, checkpoints; the same again continues the run"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run comes from it")
@@ -61,36 +64,54 @@ class Config(Section):
     @property
     def num_slots(self) -> int:
         """Patches of an image that are predicted, or may be."""
-        return self.num_patches if self.predict == "all" else self.masking.num_masked
+        return self.num_patches if self.predict == "all" else self.num_masked
+
+    @property
+    def num_masked(self) -> int:
+        """Patches of an image that are masked, or may be."""
+        return self.masking.num_masked_of(self.num_patches)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":
+        refuse([*self._sizes_that_do_not_fit(), *self._masks_that_do_not_fit(), *self._aims_that_do_not_fit()])
+        return self
+
+    def _sizes_that_do_not_fit(self) -> Iterator[str]:
+        axes: dict[tuple[int, int], list[str]] = {}
         for size, patch, axis in zip(self.data.image_size, self.model.patch_size, ("height", "width"), strict=True):
+            axes.setdefault((size, patch), []).append(axis)
+        for (size, patch), names in axes.items():
             if size % patch:
-                raise ValueError(
-                    f"data.image_size: {axis} {size} is not a multiple of model.patch_size {patch}; "
+                yield (
+                    f"data.image_size: {' and '.join(names)} {size} is not a multiple of model.patch_size {patch}; "
                     f"try {max(patch, size // patch * patch)}"
                 )
-        if self.mask != "none" and self.masking.num_masked > self.num_patches:
-            raise ValueError(
-                f"masking.num_masked {self.masking.num_masked} is more than the {self.num_patches} patches of a "
-                f"{self.grid[0]}x{self.grid[1]} grid; BEiT masks 40 %: try {max(1, round(0.4 * self.num_patches))}"
+
+    def _masks_that_do_not_fit(self) -> Iterator[str]:
+        if self.mask == "none" or not self.num_patches:
+            return
+        grid, min_block = f"{self.grid[0]}x{self.grid[1]}", self.masking.min_block_of(self.num_patches)
+        if self.num_masked > self.num_patches:
+            yield (
+                f"masking.num_masked {self.num_masked} is more than the {self.num_patches} patches of a "
+                f"{grid} grid; BEiT masks 40 %: try {max(1, round(0.4 * self.num_patches))}, or masking.ratio=0.4"
             )
-        if self.mask != "none" and max(self.grid) > MAX_GRID:
-            raise ValueError(
-                f"a grid of {self.grid[0]}x{self.grid[1]} patches: masks are drawn for at most {MAX_GRID} a side; "
+        if max(self.grid) > MAX_GRID:
+            yield (
+                f"a grid of {grid} patches: masks are drawn for at most {MAX_GRID} a side; "
                 "take larger patches or smaller images"
             )
-        if self.mask == "blockwise" and self.masking.min_block > self.masking.num_masked:
-            raise ValueError(
-                f"masking.min_block {self.masking.min_block} is more than masking.num_masked "
-                f"{self.masking.num_masked}: most masks would be empty; lower min_block"
+        if self.mask == "blockwise" and min_block > self.num_masked:
+            yield (
+                f"masking.min_block {min_block} is more than masking.num_masked {self.num_masked}: most masks would "
+                "be empty; lower min_block"
             )
+
+    def _aims_that_do_not_fit(self) -> Iterator[str]:
         if self.data.tokens and self.objective != "tokens":
-            raise ValueError(
+            yield (
                 f"data.tokens '{self.data.tokens}' holds visual tokens, and objective={self.objective} predicts none; "
                 "leave data.tokens empty"
             )
         if self.mask == "none" and self.predict == "masked":
-            raise ValueError("mask=none leaves nothing to predict with predict=masked; set predict=all")
-        return self
+            yield "mask=none leaves nothing to predict with predict=masked; set predict=all"

@@ -2,27 +2,41 @@
 
 import copy
 import difflib
+import os
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from fastbeit.config.explain import explain, known_keys
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Section
+from fastbeit.config.text import NULLS, Word, parse, read_text, typed
 from fastbeit.errors import DONE, ConfigError
 from fastbeit.files import write_whole
 
-MAX_YAML_BYTES = 1 << 20  # a config is a page; what is larger is a mistake or an attack on the parser
-
-
 S = TypeVar("S", bound=Section)
+# what else a user may give in place of a config, by its suffix, and where it goes
+NO_CONFIGS = {
+    "an index; it goes into data.index={}": (".idx",),
+    "of images; list them with `fastbeit index {} -o images.idx`, and set data.index=images.idx": (
+        *(".tar", ".zip", ".parquet", ".jpg", ".jpeg", ".png", ".txt", ".tsv", ".csv"),
+    ),
+    "of weights; make a tokenizer with `fastbeit tokenizer import {} -o DIR`, and set tokenizer.path=DIR": (
+        *(".safetensors", ".pkl", ".pth", ".pt", ".bin"),
+    ),
+}
 
 
 def load_config(path: str | Path, overrides: list[str]) -> Config:
-    """Read a YAML file of at most 1 MB with the keys of `Config`, and lay overrides over it; see `configure`."""
-    return configure(Config, overrides, _read_yaml(Path(path)))
+    """Read a YAML file of at most 1 MB with the keys of `Config`, and lay overrides over it; see `configure`.
+
+    Args:
+        path: the file, or the name of one that comes with fastbeit, such as beit_base_in1k.
+    """
+    return configure(Config, overrides, _read_yaml(_config_file(str(path))))
 
 
 def as_saved(model: type[S], values: dict[str, Any]) -> S:
@@ -63,36 +77,75 @@ def configure(model: type[S], overrides: list[str], values: dict[str, Any] | Non
     """Lay `key=value` overrides over nested values and check the whole.
 
     Args:
-        overrides: each `key.subkey=value`, the value in YAML: `optim.lr=1e-3`, `data.image_size=[224, 224]`.
+        overrides: each `key.subkey=value`: `optim.lr=1e-3`, `data.image_size=[224, 224]`. The value is what was typed:
+            no comments, and numbers only where a key wants them.
 
     Raises:
         ConfigError: one line for each thing wrong, with the nearest known name for an unknown key.
     """
     values = {} if values is None else values
+    wrong = _lay_over(values, overrides, model) + _translate(values, model)
+    values = typed(values, model)
+    assert isinstance(values, dict)
+    config, complaints = _checked(values, model)
+    if wrong or complaints or config is None:
+        raise ConfigError("\n".join(dict.fromkeys([*wrong, *complaints])))
+    return config
+
+
+def _lay_over(values: dict[str, Any], overrides: list[str], model: type[Section]) -> list[str]:
+    """Put overrides into nested values; a line for each that cannot be."""
+    wrong, keys = [], dict(known_keys(model))
     for item in overrides:
         key, found, text = item.partition("=")
-        if not found:
-            raise ConfigError(f"wanted key=value, for example seed=1; got '{item}'")
+        if not found or not key:
+            wrong.append(f"wanted key=value, for example seed=1; got '{item}'")
+            continue
         *parents, leaf = key.split(".")
         section = values
         for parent in parents:
+            if isinstance(section.get(parent), Word) and section[parent] in NULLS:
+                section[parent] = {}
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"{key}: '{parent}' is a value, not a section")
-        section[leaf] = _parse_yaml(text, f"value of {key}") if text else ""
+                wrong.append(f"{key}: '{parent}' is a value, not a section")
+                break
+        else:
+            try:
+                section[leaf] = _typed_value(key, text, keys[key].annotation if key in keys else None)
+            except ConfigError as err:
+                wrong.append(str(err))
+    return wrong
+
+
+def _typed_value(key: str, text: str, kind: Any) -> Any:
+    """What was typed after `key=`; YAML where it has brackets or quotes, and the key takes more than text."""
+    is_quoted = len(text) > 1 and text[0] in "'\"" and text[0] == text[-1]
+    if is_quoted or (kind is not str and text.lstrip()[:1] in ("[", "{")):
+        return parse(text, f"value of {key}")
+    return Word(text)
+
+
+def _checked(values: dict[str, Any], model: type[S]) -> tuple[S | None, list[str]]:
+    """The configuration, and what is wrong: unknown keys do not hide what is wrong with the others."""
     try:
-        return model.model_validate(_translate(values, model))
+        return model.model_validate(values), []
     except ValidationError as err:
-        raise ConfigError("\n".join(_explain(problem, model) for problem in err.errors())) from None
+        complaints = explain(err, model)
+        unknown = [list(map(str, one["loc"])) for one in err.errors() if one["type"] == "extra_forbidden"]
+    for *parents, leaf in unknown:
+        section = values
+        for parent in parents:
+            section = section[parent]
+        section.pop(leaf)
+    if unknown:
+        complaints += _checked(values, model)[1]
+    return None, complaints
 
 
-def _translate(values: dict[str, Any], model: type[Section]) -> dict[str, Any]:
-    """The same values under today's keys; what was renamed is said.
-
-    Raises:
-        ConfigError: a key is there under both names.
-    """
-    said = []
+def _translate(values: dict[str, Any], model: type[Section]) -> list[str]:
+    """Put values under today's keys, and say what was renamed; a line for each key that cannot be."""
+    said, wrong = [], []
     for old, new in model.renamed.items():
         *parents, leaf = old.split(".")
         section: Any = values
@@ -100,19 +153,21 @@ def _translate(values: dict[str, Any], model: type[Section]) -> dict[str, Any]:
             section = section.get(parent) if isinstance(section, dict) else None
         if not isinstance(section, dict) or leaf not in section or isinstance(section[leaf], dict):
             continue
-        *parents, name = new.split(".")
-        place = values
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"{old} is called {new} now, and '{parent}' is a value, not a section")
-        if name in place:
-            raise ConfigError(f"{old} is called {new} now, and both are set; leave out {old}")
-        place[name] = section.pop(leaf)
-        said.append(f"{old} is called {new} now")
+        value = section.pop(leaf)
+        parent, _, name = new.rpartition(".")
+        if parent and isinstance(values.get(parent), Word) and values[parent] in NULLS:
+            values[parent] = {}
+        place = values.setdefault(parent, {}) if parent else values
+        if not isinstance(place, dict):
+            wrong.append(f"{old} is called {new} now, and '{parent}' is a value, not a section")
+        elif name in place:
+            wrong.append(f"{old} is called {new} now, and both are set; leave out {old}")
+        else:
+            place[name] = value
+            said.append(f"{old} is called {new} now")
     if said:
         print("; ".join(said), file=sys.stderr)
-    return values
+    return wrong
 
 
 def save_config(config: Section, path: Path) -> None:
@@ -120,81 +175,58 @@ def save_config(config: Section, path: Path) -> None:
     write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def _explain(problem: Any, model: type[Section]) -> str:
-    """One line for one pydantic error."""
-    path = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(path[:-1], model)
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key '{'.'.join(path)}'; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return ": ".join(filter(None, [".".join(path), message]))
-    return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}; got {problem['input']!r}"
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with fastbeit, by name: in the package when it is installed, beside it in a clone."""
+    package = Path(__file__).parent.parent
+    folders = [folder / "configs" for folder in (package, package.parent)]
+    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _fields_at(path: list[str], model: Any) -> list[str]:
-    for name in path:
-        field = model.model_fields.get(name)
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-    return list(model.model_fields)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without duplicate keys (the last would win in silence) and without aliases (they can explode)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ConfigError(
-                f"line {self.peek_event().start_mark.line + 1}: YAML aliases (*name) are not read; write it out"
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key '{key_node.value}' stands twice")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
+def _config_file(given: str) -> Path:
+    """
+    Raises:
+        ConfigError: there is no such file, or it is something else; the message says what.
+    """
+    path, shipped = Path(os.path.expanduser(given)), shipped_configs()
     try:
-        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except ConfigError as err:
-        raise ConfigError(f"{source}: {err}") from None
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{source}: not YAML: {' '.join(str(err).split())}") from None
-    # YAML 1.1 reads 1e-3, without a dot, as text
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
+        if path.is_file() and path.suffix in (".yaml", ".yml", ""):
+            return path
+        if given.removesuffix(".yaml") in shipped:
+            return shipped[given.removesuffix(".yaml")]
+        if path.is_dir():
+            hint = f"; this one is a run's: '{path / 'config.yaml'}'" if (path / "config.yaml").is_file() else ""
+            raise ConfigError(f"'{given}' is a directory, and a config is a YAML file{hint}")
+        for what, suffixes in NO_CONFIGS.items():
+            if path.suffix.lower() in suffixes:
+                raise ConfigError(f"'{given}' is no config, but {what.format(given)}; {_names(shipped)}")
+        if path.is_file():
+            return path
+    except OSError as err:
+        raise ConfigError(f"'{given}' cannot be read: {err.strerror}") from None
+    near = difflib.get_close_matches(path.stem, shipped, n=1, cutoff=0.5)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"no config file '{given}'{meant}; {_names(shipped)}")
+
+
+def _names(shipped: dict[str, Path]) -> str:
+    return f"those that come with fastbeit go by their names: {', '.join(shipped)}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"no config file '{path}'; the ones that come with fastbeit are in configs/")
-    if path.stat().st_size > MAX_YAML_BYTES:
-        raise ConfigError(f"'{path}' has {path.stat().st_size} bytes; a config has at most {MAX_YAML_BYTES}")
-    values = _parse_yaml(path.read_text(), f"'{path}'")
+    values = parse(read_text(path), f"'{path}'")
     if not isinstance(values, dict):
-        raise ConfigError(f"'{path}' wants sections and keys as in configs/; got {type(values).__name__}")
+        what = "nothing" if values in NULLS else type(values).__name__.lower()
+        raise ConfigError(f"'{path}' wants sections and keys as in configs/; got {what}")
     return values
 
 
-def explain_config(args: list[str]) -> int:
+def explain_config(names: list[str], overrides: list[str]) -> int:
     """Every field with its default, or with the value that CONFIG gives it."""
     print(
         "fastbeit pretrain CONFIG [key=value ...]\n\nThe keys, for example optim.lr=1e-3 data.image_size=[224,224]:\n"
     )
-    default = load_config(args[0], overrides_of(args[1:])) if args else configure(Config, [])
+    default = load_config(names[0], overrides) if names else configure(Config, overrides)
     return explain_fields("fastbeit pretrain CONFIG", default)
 
 
@@ -204,15 +236,3 @@ def explain_fields(command: str, default: Any) -> int:
     fields = tyro.conf.FlagConversionOff[type(default)]
     tyro.cli(fields, args=["--help"], prog=command, default=default, use_underscores=True)
     return DONE
-
-
-def overrides_of(args: list[str]) -> list[str]:
-    """`key=value` as it is; `--key=value` and `--key value` as the same."""
-    found, rest = [], list(args)
-    while rest:
-        arg = rest.pop(0)
-        key = arg.removeprefix("--")
-        if arg.startswith("--") and "=" not in arg and rest:
-            key = f"{key}={rest.pop(0)}"
-        found.append(key)
-    return found

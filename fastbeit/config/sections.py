@@ -3,10 +3,12 @@
 Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the authors' code).
 """
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,7 +30,7 @@ def _auto_or_count(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     try:
         return check(value)
     except ValidationError:
-        raise ValueError(f"wanted auto, or a number of at least 1; got {value!r}") from None
+        raise ValueError(f"wanted auto, or a number of at least 1; got {value!r:.80}") from None
 
 
 def _one_message(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
@@ -46,11 +48,25 @@ def _on_off(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _path(text: str) -> str:
+    """`~` is the home directory, as in a shell."""
+    if "\0" in text:
+        raise ValueError(f"no path has a NUL in it; got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"wanted a path in UTF-8; got {text!r}") from None
+    return os.path.expanduser(text)
+
+
+MOST = 10**9  # of anything that is counted: what is larger is a slip of the finger
+Whole = Annotated[int, Field(ge=0, le=MOST)]
+PathText = Annotated[str, AfterValidator(_path)]
 OnOff = Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)]
-Size = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_pair)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Size = Annotated[tuple[Count, Count], BeforeValidator(_pair)]
 AutoCount = Annotated[Count | Literal["auto"], WrapValidator(_auto_or_count)]
 Pipeline = Literal["auto", "torch", "dali", "pillow"]
 Level = Annotated[int, Field(ge=0, le=0xFFFF)]
@@ -68,11 +84,17 @@ class Section(BaseModel):
     earlier: ClassVar[dict[str, Any]] = {}  # new keys, dotted: what was done before, where that is not their default
 
 
+def refuse(wrong: list[str]) -> None:
+    """All at once: a user mends them in one go."""
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
 class DataConfig(Section):
     """What images there are and how each becomes two views (section 2.5; facts of the authors' transform)."""
 
-    index: str = Field(default="", description="index of the training images, made by `fastbeit index`")
-    val_index: str = Field(default="", description="index of held-out images; empty: no validation")
+    index: PathText = Field(default="", description="index of the training images, made by `fastbeit index`")
+    val_index: PathText = Field(default="", description="index of held-out images; empty: no validation")
     image_size: Size = Field(default=(224, 224), description="patch view, height and width in pixels")
     crop_scale: tuple[Positive, Positive] = Field(
         default=(0.08, 1.0), description="share of the image's area that a crop takes"
@@ -91,14 +113,14 @@ class DataConfig(Section):
     std: tuple[Positive, Positive, Positive] = Field(
         default=(0.5, 0.5, 0.5), description="pixels in [0, 1] are divided by it"
     )
-    num_crops: int = Field(
-        default=0, ge=0, description="K > 0: only K different crops an image, that of epoch mod K; 0: ever new ones"
+    num_crops: Whole = Field(
+        default=0, description="K > 0: only K different crops an image, that of epoch mod K; 0: ever new ones"
     )
     tail: Literal["drop", "wrap"] = Field(
         default="drop",
         description="images that do not fill a batch at the end of an epoch: drop them, or wrap into the next",
     )
-    tokens: str = Field(
+    tokens: PathText = Field(
         default="",
         description="directory of tokens made by `fastbeit tokenize`; wants num_crops > 0. No tokenizer is loaded, but "
         "for the time of a validation: the one that made them, from tokenizer.path. Empty: tokens are made on the fly",
@@ -109,35 +131,68 @@ class DataConfig(Section):
         "torch",
     )
     levels: Levels = LEVELS
-    num_workers: int = Field(
-        default=4, ge=0, description="decoding processes a rank; 0: decode in the training process"
-    )
+    num_workers: Whole = Field(default=4, description="decoding processes a rank; 0: decode in the training process")
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> "DataConfig":
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name} wants its lower bound first; got [{low}, {high}]")
+        wrong = [
+            f"{name} wants its lower bound first; got [{low}, {high}]"
+            for name, (low, high) in {"crop_scale": self.crop_scale, "crop_ratio": self.crop_ratio}.items()
+            if low > high
+        ]
         if self.crop_scale[1] > 1:
-            raise ValueError(f"crop_scale wants shares of the image in (0, 1]; got {list(self.crop_scale)}")
+            wrong.append(f"crop_scale wants shares of the image in (0, 1]; got {list(self.crop_scale)}")
+        refuse(wrong)
         return self
 
 
 class MaskingConfig(Section):
     """How many patches are masked, and in what blocks (Algorithm 1)."""
 
-    num_masked: Count = Field(default=75, description="patches masked: at most (blockwise) or exactly (random)")
-    min_block: Count = Field(default=16, description="smallest block, in patches")
+    num_masked: Count | None = Field(
+        default=75, description="patches masked: at most (blockwise) or exactly (random); null: as ratio says"
+    )
+    ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="share of the patches that is masked, in place of num_masked; the paper's is 0.4"
+    )
+    min_block: Count | None = Field(
+        default=16, description="smallest block, in patches; null, and with ratio: 16 of 75 of those masked"
+    )
     min_aspect: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.3, description="aspect ratio of a block is log-uniform in [this, 1 / this]"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratio_or_count(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("ratio") is None:
+            return values
+        if values.get("num_masked") is not None:
+            raise ValueError(
+                f"ratio {values['ratio']} and num_masked {values['num_masked']} are both set, and say the same thing; "
+                "leave one out (masking.num_masked=null)"
+            )
+        return {"min_block": None, **values, "num_masked": None}
+
+    @model_validator(mode="after")
+    def _one_is_set(self) -> "MaskingConfig":
+        if self.num_masked is None and self.ratio is None:
+            raise ValueError("neither num_masked nor ratio is set; the paper's is ratio=0.4")
+        return self
+
+    def num_masked_of(self, num_patches: int) -> int:
+        """Patches masked of so many."""
+        return self.num_masked or max(1, round((self.ratio or 0) * num_patches))
+
+    def min_block_of(self, num_patches: int) -> int:
+        """Patches of the smallest block."""
+        return self.min_block or max(1, round(16 / 75 * self.num_masked_of(num_patches)))
 
 
 class TokenizerConfig(Section):
     """Where visual tokens come from (section 2.1)."""
 
-    path: str = Field(
+    path: PathText = Field(
         default="",
         description="directory with dvae.safetensors and dvae.json, made by `fastbeit tokenizer`; empty: the small "
         "bundled tokenizer",
@@ -187,14 +242,14 @@ class OptimConfig(Section):
         description="micro-batches a step, to fit memory; auto: as few as the free memory of the card has room for, "
         "and 1 on the cpu",
     )
-    epochs: int = Field(default=800, ge=0, description="passes over the images; ignored when steps > 0")
-    steps: int = Field(default=0, ge=0, description="optimizer steps; 0: epochs decide")
+    epochs: Whole = Field(default=800, description="passes over the images; ignored when steps > 0")
+    steps: Whole = Field(default=0, description="optimizer steps; 0: epochs decide")
     lr: float = Field(default=1.5e-3, ge=0, description="peak learning rate")
     min_lr: float = Field(default=1e-5, ge=0, description="learning rate at the end")
-    warmup_epochs: int = Field(
-        default=10, ge=0, description="epochs of linear warmup from 0; ignored when warmup_steps > 0"
+    warmup_epochs: Whole = Field(
+        default=10, description="epochs of linear warmup from 0; ignored when warmup_steps > 0"
     )
-    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warmup from 0; 0: warmup_epochs decides")
+    warmup_steps: Whole = Field(default=0, description="steps of linear warmup from 0; 0: warmup_epochs decides")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="AdamW's decay rates")
     eps: Positive = Field(default=1e-8, description="AdamW's epsilon")
     weight_decay: float = Field(default=0.05, ge=0, description="AdamW's decoupled weight decay, constant")
@@ -204,10 +259,12 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> "OptimConfig":
+        wrong = []
         if self.accumulate != "auto" and self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+            wrong.append(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if not (self.steps or self.epochs):
-            raise ValueError("nothing to train: both steps and epochs are 0; set optim.epochs or optim.steps")
+            wrong.append("nothing to train: both steps and epochs are 0; set optim.epochs or optim.steps")
+        refuse(wrong)
         return self
 
 
@@ -297,7 +354,7 @@ class LogConfig(Section):
     """What a training says and keeps."""
 
     every: Count = Field(default=10, description="steps between log lines")
-    save_every: int = Field(default=1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    save_every: Whole = Field(default=1000, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(
         default=3, description="checkpoints kept, newest first, of those that verify; the one that was resumed from too"
     )
@@ -306,5 +363,5 @@ class LogConfig(Section):
 class PretrainLogConfig(LogConfig):
     """The same, and how often held-out images are evaluated."""
 
-    val_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
+    val_every: Whole = Field(default=0, description="steps between validations; 0: only at the end")
     val_crops: Count = Field(default=1, description="crops an image that validation looks at")

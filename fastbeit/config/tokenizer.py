@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from fastbeit.config.sections import (
     LEVELS,
+    MOST,
     Count,
     DataConfig,
     EngineConfig,
@@ -17,8 +18,11 @@ from fastbeit.config.sections import (
     Positive,
     Section,
     Size,
+    Whole,
+    refuse,
 )
 
+MAX_GROUPS = 16  # a token of 32,768 pixels
 PATCHES_A_WORD = 100  # enough to place it, and to see whether it is in use
 
 
@@ -26,11 +30,11 @@ class Architecture(Section):
     """Size of an encoder and its decoder; the defaults are those of OpenAI's release (A.2)."""
 
     n_hid: int = Field(
-        default=256, ge=4, multiple_of=4, description="channels at full resolution; each group doubles them"
+        default=256, ge=4, le=MOST, multiple_of=4, description="channels at full resolution; each group doubles them"
     )
     n_init: Count = Field(default=128, description="channels of a word's embedding in the decoder")
     vocab_size: Count = Field(default=8192, description="visual words")
-    group_count: Count = Field(default=4, description="resolutions, each half of the one before")
+    group_count: int = Field(default=4, ge=1, le=MAX_GROUPS, description="resolutions, each half of the one before")
     n_blk_per_group: Count = Field(default=2, description="residual blocks a resolution")
 
     @property
@@ -53,10 +57,10 @@ class TrainedArchitecture(Architecture):
     """Small enough for one GPU, where the paper's has 256 channels."""
 
     n_hid: int = Field(
-        default=64, ge=4, multiple_of=4, description="channels at full resolution; each group doubles them"
+        default=64, ge=4, le=MOST, multiple_of=4, description="channels at full resolution; each group doubles them"
     )
-    vocab_size: int = Field(default=1024, ge=2, description="visual words")
-    group_count: int = Field(default=4, ge=2, description="resolutions, each half of the one before")
+    vocab_size: int = Field(default=1024, ge=2, le=MOST, description="visual words")
+    group_count: int = Field(default=4, ge=2, le=MAX_GROUPS, description="resolutions, each half of the one before")
 
 
 class CropsConfig(Section):
@@ -69,9 +73,7 @@ class CropsConfig(Section):
     jitter: float = Field(default=0.4, ge=0, le=1, description="as in pre-training")
     pipeline: Pipeline = Field(default="auto", description="as in pre-training")
     levels: Levels = LEVELS
-    num_workers: int = Field(
-        default=4, ge=0, description="decoding processes a rank; 0: decode in the training process"
-    )
+    num_workers: Whole = Field(default=4, description="decoding processes a rank; 0: decode in the training process")
 
     @property
     def as_pretraining(self) -> DataConfig:
@@ -148,20 +150,21 @@ class TokenizerTrainConfig(Section):
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> "TokenizerTrainConfig":
-        stride, data = self.model.stride, self.data
+        stride, data, wrong = self.model.stride, self.data, []
         for side in data.image_size:
             if side % stride:
                 near = max(1, round(side / stride)) * stride
-                raise ValueError(f"data.image_size wants multiples of {stride}; got {side}; try {near}")
+                wrong.append(f"data.image_size wants multiples of {stride}; got {side}; try {near}")
         if data.crop_scale[0] > data.crop_scale[1] or data.crop_scale[1] > 1:
-            raise ValueError(f"data.crop_scale wants a range within (0, 1]; got {list(data.crop_scale)}")
+            wrong.append(f"data.crop_scale wants a range within (0, 1]; got {list(data.crop_scale)}")
         temperature = self.objective.temperature
         if temperature[0] < temperature[1]:
-            raise ValueError(f"objective.temperature wants start >= end; got {list(temperature)}")
+            wrong.append(f"objective.temperature wants start >= end; got {list(temperature)}")
         if self.engine.name == "deepspeed":
-            raise ValueError("engine.name=deepspeed does not train tokenizers; set engine.name=ddp")
+            wrong.append("engine.name=deepspeed does not train tokenizers; set engine.name=ddp")
         if self.engine.compile == "on":
-            raise ValueError("engine.compile=on is for pre-training; leave it out")
+            wrong.append("engine.compile=on is for pre-training; leave it out")
         if self.engine.checkpoint_blocks:
-            raise ValueError("engine.checkpoint_blocks=true is for pre-training; leave it out")
+            wrong.append("engine.checkpoint_blocks=true is for pre-training; leave it out")
+        refuse(wrong)
         return self

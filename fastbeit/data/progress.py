@@ -1,11 +1,27 @@
-"""How far a job over all images is."""
+"""How far a job is."""
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from tqdm import tqdm
 
 SAY_EVERY_S = 10.0
+T = TypeVar("T")
+
+
+def reported(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """The same items, and how many of them are done: a bar, or lines after 1, 3, 7 seconds and then every 10."""
+    is_watched, pause_s = sys.stderr.isatty(), 1.0
+    began = said = time.perf_counter()
+    for done, item in enumerate(tqdm(items, what, total, leave=False, dynamic_ncols=True, disable=not is_watched), 1):
+        yield item
+        now = time.perf_counter()
+        if not is_watched and now - said > pause_s:
+            said, pause_s = now, min(2 * pause_s, SAY_EVERY_S)
+            left = tqdm.format_interval((now - began) / done * (total - done))
+            print(f"{what}: {done:,} of {total:,}  ETA {left}", file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -14,6 +14,7 @@ from fastbeit.engine.memory import RESERVE, SMALL, Footprint, fewest
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World
 from fastbeit.errors import RunError
+from fastbeit.plural import counted
 
 RECOMPUTE = "engine.checkpoint_blocks=true makes room, for a quarter more time"
 MIB = 2**20
@@ -185,7 +186,8 @@ def _last_resort(optim: OptimConfig, engine: EngineConfig) -> str:
 
 
 def _chosen(images: int, accumulate: int) -> str:
-    return f"optim.accumulate=auto: {accumulate} micro-batch(es) a step of {images // accumulate} images a rank"
+    parts, size = counted(accumulate, "micro-batch"), counted(images // accumulate, "image")
+    return f"optim.accumulate=auto: {parts} a step of {size} a rank"
 
 
 def _basis(engine: EngineConfig, world: World) -> dict[str, Any]:

@@ -167,6 +167,8 @@ class _Stack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         # each rank's loss depends on what all of them gave
+        if torch.is_grad_enabled():
+            raise RuntimeError("a gradient over ranks has no second derivative: leave create_graph=True out")
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad[dist.get_rank()]

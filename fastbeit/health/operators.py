@@ -76,8 +76,7 @@ def smaller(config: Config) -> Config:
     heads = min(2, model.num_heads)
     small = model.model_copy(update=dict(width=model.width // model.num_heads * heads, num_heads=heads))
     data = config.data.model_copy(update=dict(image_size=(height * GRID[0], width * GRID[1])))
-    num_masked = min(config.masking.num_masked, GRID[0] * GRID[1] // 2)
-    masking = config.masking.model_copy(
-        update=dict(num_masked=num_masked, min_block=min(config.masking.min_block, num_masked))
-    )
+    num_masked = min(config.num_masked, GRID[0] * GRID[1] // 2)
+    min_block = min(config.masking.min_block_of(config.num_patches), num_masked)
+    masking = config.masking.model_copy(update=dict(num_masked=num_masked, ratio=None, min_block=min_block))
     return config.model_copy(update=dict(model=small, data=data, masking=masking))

@@ -17,6 +17,7 @@ from fastbeit.data.progress import Progress
 from fastbeit.data.workers import load_items
 from fastbeit.errors import CANNOT_CREATE, DATA_LIMIT, DONE, BadImage, RunError, WorkerError
 from fastbeit.files import aside, put_in_place
+from fastbeit.plural import counted
 from fastbeit.train.stop import Stop, StopWanted
 
 TOGETHER, TOGETHER_AT_MOST = 32, 256  # images a process decodes before it answers: tenths of a second, or seconds
@@ -60,7 +61,7 @@ def check_index(path: Path, num_workers: int) -> int:
         for left in (listed, checked_path(path)):
             aside(left).unlink(missing_ok=True)
     seconds = time.perf_counter() - began
-    rate = f"{len(index):,} images decoded in {seconds:.1f} s, {len(index) / seconds:.0f} img/s"
+    rate = f"{counted(len(index), 'image')} decoded in {seconds:.1f} s, {len(index) / seconds:.0f} img/s"
     if not num_bad:
         print(f"{rate}: all are good")
         return DONE

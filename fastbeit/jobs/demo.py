@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from fastbeit.config.read import load_config
+from fastbeit.config.read import load_config, shipped_configs
 from fastbeit.data.demo_photos import gather_photos
 from fastbeit.errors import DONE, writing
 from fastbeit.evaluate.finished_run import Figures
@@ -20,6 +20,7 @@ from fastbeit.files import write_whole
 from fastbeit.jobs.index import index
 from fastbeit.jobs.pretrain import pretrain
 from fastbeit.jobs.report import report
+from fastbeit.plural import counted
 
 # what the demo promises on the photos of the packages; below it, something is amiss
 WANTED_GAIN, WANTED_TRAIN_GAIN, WANTED_WORDS = 0.3, 0.5, 512
@@ -39,7 +40,7 @@ def run_demo(out: Path, source: Path | None, overrides: list[str], num_crops: in
     """
     began = time.monotonic()
     num_train, num_held_out = gather_photos(out / "photos", source)
-    print(f"{num_train} photos to learn from, {num_held_out} held out, in {out / 'photos'}")
+    print(f"{counted(num_train, 'photo')} to learn from, {num_held_out} held out, in {out / 'photos'}")
     for words, job in _jobs(out, overrides, num_crops):
         print(f"\n$ {shlex.join(['fastbeit', *words])}", flush=True)
         code = job()
@@ -63,18 +64,11 @@ def _jobs(out: Path, overrides: list[str], num_crops: int) -> Iterator[tuple[lis
             photos = out / "photos" / part
             yield ["index", str(photos), "-o", str(path)], partial(index, photos, path)
     data = f"data.index={indices['train']}", f"data.val_index={indices['held_out']}"
-    file, settings = _config_file(), [f"out={out / 'run'}", *data, *overrides]
+    file, settings = shipped_configs()["demo"], [f"out={out / 'run'}", *data, *overrides]
     words = ["pretrain", str(file), *settings]
     yield words, lambda: pretrain(load_config(file, settings), ["fastbeit", *words])
     run, page = out / "run", out / "report.html"
     yield ["report", str(run), "-o", str(page)], partial(report, run, page, num_crops)
-
-
-def _config_file() -> Path:
-    """configs/ lies in the package when it is installed, beside it in a clone."""
-    package = Path(__file__).parent.parent
-    found = [folder / "configs" / "demo.yaml" for folder in (package, package.parent)]
-    return next((path for path in found if path.exists()), found[0])
 
 
 def _say_what_was_learnt(figures: Figures, num_photos: int) -> str:

@@ -36,6 +36,7 @@ from fastbeit.engine.memory import (
 from fastbeit.engine.work import step_flops, tokenizer_flops
 from fastbeit.errors import CANNOT_WRITE, ConfigError, RunError
 from fastbeit.files import aside, put_in_place
+from fastbeit.plural import counted
 
 DVAE = Architecture()  # OpenAI's, of the paper
 NUM_CROPS = 8  # of a token cache, where the config has none
@@ -308,8 +309,8 @@ def _head(found: Plan) -> list[str]:
     machine = found.machine
     nodes = machine.gpus // machine.on_node
     lines = [
-        f"{machine.gpus} x {found.card.name}, {nodes} node(s) of {machine.on_node}; {found.batch_size} images a "
-        f"step, {found.batch_size // machine.gpus} a GPU",
+        f"{machine.gpus} x {found.card.name}, {counted(nodes, 'node')} of {machine.on_node}; {found.batch_size} "
+        f"images a step, {found.batch_size // machine.gpus} a GPU",
         f"{found.num_steps:,} steps, {found.epochs:,.0f} epochs of {machine.images:,} images",
         f"{found.card.name}: {found.card.peak / 1e12:g} TFLOP/s of bf16, {found.card.bandwidth / 1e9:,.0f} GB/s",
         "",

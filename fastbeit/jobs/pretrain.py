@@ -29,6 +29,7 @@ from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
 from fastbeit.model.beit import Beit, make_beit, num_outputs
 from fastbeit.model.kernels import Before, chosen_kernels
+from fastbeit.plural import counted
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
 from fastbeit.train.checkpoint import find_checkpoint, load_state
@@ -52,6 +53,7 @@ def pretrain(config: Config, command: list[str]) -> int:
         RunError: bad config, data or checkpoint; the message says what to do.
     """
     _check_paths(config)
+    warnings = masking.try_rule(masking.rule_of(config))
     began = time.perf_counter()
     world = start_world(config.engine)
     check_batch(config.optim, world)
@@ -64,7 +66,7 @@ def pretrain(config: Config, command: list[str]) -> int:
     chosen = chosen_kernels(config, num_outputs(config, source.vocab_size), world, before)
     tried = time.perf_counter()
     took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {tried - opened:.1f} s"
-    lines = [str(pipeline), *chosen.lines, _how(config, world.device), took]
+    lines = [str(pipeline), *chosen.lines, _how(config, world.device), took, *warnings]
     task = Pretraining(chosen.config, world, index, source, lines, {"kernels": chosen.kept})
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
@@ -166,8 +168,8 @@ class Pretraining:
         config, source, world = self.config, self.source, self.world
         parameters = sum(parameter.numel() for parameter in model.parameters())
         log.say(
-            f"{self.num_images:,} images, {parameters:,} parameters, {world.size} rank(s) on {world.device.type}, "
-            f"steps {log.first_step} to {log.num_steps}, out {config.out}"
+            f"{counted(self.num_images, 'image')}, {parameters:,} parameters, {counted(world.size, 'rank')} on "
+            f"{world.device.type}, steps {log.first_step} to {log.num_steps}, out {config.out}"
         )
         for line in self.lines:
             log.say(line)
@@ -213,14 +215,26 @@ def blank_inputs(config: Config, num_images: int, device: torch.device) -> tuple
 
 
 def _check_paths(config: Config) -> None:
-    """What a run cannot do without is said before anything is started."""
-    for key, value in {"out": config.out, "data.index": config.data.index}.items():
-        if not value:
-            raise ConfigError(f"{key} is not set; add {key}=PATH")
+    """What a run cannot do without is said before anything is started, all of it at once."""
+    unset = [key for key, value in {"out": config.out, "data.index": config.data.index}.items() if not value]
+    lines = [f"{key} is not set; add {key}=PATH" for key in unset]
     paths = {"data.index": config.data.index, "data.val_index": config.data.val_index}
     if config.objective == "tokens":
         paths["tokenizer.path"] = config.tokenizer.path
     for key, value in paths.items():
         if value and not Path(value).exists():
-            hint = "fastbeit tokenizer train --data INDEX -o" if "tokenizer" in key else "fastbeit index SOURCE -o"
-            raise RunError(f"{key}: '{value}' does not exist; make it with `{hint} {value}`", DATA_MISSING)
+            lines.append(f"{key}: '{value}' does not exist; {_how_to_make(key, value)}")
+    if unset:
+        raise ConfigError("\n".join(lines))
+    if lines:
+        raise RunError("\n".join(lines), DATA_MISSING)
+
+
+def _how_to_make(key: str, path: str) -> str:
+    if key != "tokenizer.path":
+        return f"make it with `fastbeit index SOURCE -o {path}`"
+    return (
+        f"get OpenAI's with `fastbeit tokenizer fetch -o {path}`, or make it of weights that you have with `fastbeit "
+        f"tokenizer import FILE -o {path}`, or of your images with `fastbeit tokenizer train --data INDEX -o {path}`; "
+        "tokenizer.path= (nothing) takes the small one that comes with fastbeit"
+    )

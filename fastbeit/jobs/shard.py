@@ -44,6 +44,7 @@ from fastbeit.errors import (
     writing,
 )
 from fastbeit.files import aside, put_in_place, write_whole
+from fastbeit.plural import counted
 from fastbeit.train.rundir import hold
 from fastbeit.train.stop import Stop, StopWanted
 
@@ -351,7 +352,7 @@ def _summary(out: Path, card: Shards) -> str:
     pixels_before, pixels_after = (card.total(f"pixels_{when}") / 1e6 for when in ("before", "after"))
     num_shards = sum(bool(one.name) for one in card.shards)
     return (
-        f"{images:,} images in {num_shards} shards in '{out}', {copied:,} of them copied as they were: "
-        f"{bytes_before:,.1f} MB became {bytes_after:,.1f}, {pixels_before:,.1f} megapixels became {pixels_after:,.1f}"
-        + (f"; {num_bad:,} bad images are left out, listed in '{out / BAD}'" if num_bad else "")
+        f"{counted(images, 'image')} in {counted(num_shards, 'shard')} in '{out}', {copied:,} of them copied as "
+        f"they were: {bytes_before:,.1f} MB became {bytes_after:,.1f}, {pixels_before:,.1f} megapixels became "
+        f"{pixels_after:,.1f}" + (f"; {num_bad:,} bad images are left out, listed in '{out / BAD}'" if num_bad else "")
     )

@@ -26,6 +26,7 @@ from fastbeit.engine.ranks import World, device_of
 from fastbeit.errors import CANNOT_WRITE, ConfigError, RunError
 from fastbeit.evaluate.pictures import hide
 from fastbeit.files import aside, put_in_place
+from fastbeit.plural import counted
 from fastbeit.tokenizer.source import open_token_source
 from fastbeit.train.pipeline import settle_pipeline
 
@@ -77,13 +78,14 @@ def show(config: Config, output: Path, num_images: int) -> str:
         raise ConfigError("data.index is not set; add data.index=PATH")
     if num_images < 1 or output.suffix.lower() != ".png":
         raise ConfigError(f"a sheet wants at least one image and a name in .png; got {num_images} for '{output}'")
+    warnings = masking.try_rule(masking.rule_of(config))
     index = open_index(Path(config.data.index), config.data.levels)
     world = World(rank=0, size=1, device=device_of(config.engine))
     run, tokens = (Path(path) if path else None for path in (config.out, config.data.tokens))
     config, pipeline = settle_pipeline(config, world, run, tokens)
     source = open_token_source(config, index, torch.device("cpu"))
     seen = see(config, index, source.token_size, num_images)
-    head = f"the first {len(seen.sample)} images of training, seed {config.seed}"
+    head = f"the first {counted(len(seen.sample), 'image')} of training, seed {config.seed}"
     if seen.token_images is None:
         head += f"; no token view is made: visual tokens {source}"
     sheet = draw_sheet(config, index, seen, head)
@@ -94,7 +96,7 @@ def show(config: Config, output: Path, num_images: int) -> str:
     except OSError as err:
         raise RunError(f"cannot write '{output}': {err.strerror or err}", CANNOT_WRITE) from None
     replaced = [f"replaced, a bad image: {reason}" for _, reason in seen.bad]
-    return "\n".join([f"{output}: {head}", str(pipeline), *replaced])
+    return "\n".join([f"{output}: {head}", str(pipeline), *replaced, *warnings])
 
 
 def see(config: Config, index: Index, token_size: Size | None, num_images: int) -> Seen:

@@ -20,6 +20,7 @@ from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_token_loader
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DATA_MISSING, DONE, PREEMPTED, ConfigError, DataError
+from fastbeit.plural import counted
 from fastbeit.tokenizer.cache.reader import BAD, BAD_SAMPLES, FORMAT, Card, how_far, make_recipe
 from fastbeit.tokenizer.cache.writer import CacheWriter, chunk_rows
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
@@ -80,8 +81,9 @@ def _tokenize(config: Config, index: Index, chosen: Chosen, writer: CacheWriter,
     folder, recipe, tokenizer = writer.folder, writer.card.recipe, chosen.tokenizer
     if world.rank == 0:
         print(
-            f"{recipe.num_images:,} images x {recipe.views} crops x {recipe.num_tokens} tokens: "
-            f"{writer.num_bytes:,} bytes in '{folder}'; {world.size} rank(s) on {world.device.type}",
+            f"{counted(recipe.num_images, 'image')} x {counted(recipe.views, 'crop')} x "
+            f"{counted(recipe.num_tokens, 'token')}: "
+            f"{writer.num_bytes:,} bytes in '{folder}'; {counted(world.size, 'rank')} on {world.device.type}",
         )
         print(chosen.line, *([BUNDLED_NOTE] if is_bundled(tokenizer.fingerprint) else []), sep="\n", flush=True)
     # rank 0 lists the pending chunks for all: a later look would find chunks that this job has just written

@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from fastbeit.data.batch import Batch
 from fastbeit.data.epochs import steps_per_epoch
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
+from fastbeit.data.progress import reported
 from fastbeit.data.to_device import on_device
 from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DONE, PREEMPTED, TokenizerError
+from fastbeit.plural import counted
 from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.fast import DiscreteVAE
-from fastbeit.tokenizer.quality import Quality, WordUsage, measure_quality
+from fastbeit.tokenizer.protocol import Tokenizer
+from fastbeit.tokenizer.quality import Quality, WordUsage, measure_quality, verdict
 from fastbeit.tokenizer.training.kmeans_start import solve_both_ends
 from fastbeit.tokenizer.training.objective import DvaeTrainer, gumbel_noise
 from fastbeit.train.log import RunLog
@@ -73,18 +77,23 @@ def train_tokenizer(
 def _finish(task: "DvaeTraining", outcome: Outcome, out: Path, command: list[str]) -> None:
     """The tokenizer of the averaged weights, and its card."""
     is_new = outcome.num_steps_taken or not _is_whole(out)
+    said = ""
     if is_new:
         assert isinstance(outcome.model, DvaeTrainer)
+        held_out = task.held_out or task.judge(outcome.model)
         origin = {
             "command": shlex.join(command),
             "index": task.index.fingerprint,
             "num_images": len(task.index),
             "steps": task.num_steps,
             "hours": round(outcome.seconds / 3600, 2),
-            "held_out": task.held_out or task.judge(outcome.model),
+            "held_out": held_out,
         }
         save_tokenizer(out, outcome.model.encoder, outcome.model.decoder, origin)
-    print(f"tokenizer: {out}{'' if is_new else ' (was finished before)'}")
+        said = "not judged: --val INDEX, of held-out images, says what it is worth"
+        if held_out:
+            said = verdict(held_out, task.config.model.vocab_size, task.judge_bundled())
+    print("\n".join(filter(None, [said, f"tokenizer: {out}{'' if is_new else ' (was finished before)'}"])))
 
 
 def _is_whole(out: Path) -> bool:
@@ -124,9 +133,14 @@ class DvaeTraining:
     def start(self, model: nn.Module) -> None:
         """First and last layers solved in closed form on the images of the first steps (`kmeans_start`)."""
         assert isinstance(model, DvaeTrainer)
-        device = self.world.device
-        found = self._crops(self.index, self.config.seed, self.config.look_steps)
-        generator = torch.Generator(device).manual_seed(self.config.seed)
+        device, config = self.world.device, self.config
+        num_crops = config.look_steps * config.optim.batch_size
+        words = (
+            f"start: {config.model.vocab_size:,} words from the colours of {num_crops:,} crops, by k-means, in 5 parts"
+        )
+        print(f"{words}; then {self.num_steps:,} steps", file=sys.stderr, flush=True)
+        found = self._crops(self.index, config.seed, config.look_steps, what="start 1/5, batches read")
+        generator = torch.Generator(device).manual_seed(config.seed)
         solve_both_ends(model.encoder, model.decoder, [batch.images.to(device) for batch in found], generator)
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
@@ -178,10 +192,29 @@ class DvaeTraining:
         """Figures of held-out images; none where there are no such images."""
         if self.val_index is None:
             return {}
+        return self._figures(_tokenizer_of(model))
+
+    def judge_bundled(self) -> dict[str, float]:
+        """Of the bundled tokenizer on the same images; none where it cannot take their size."""
+        bundled = load_tokenizer("", self.world.device)
+        try:
+            bundled.grid(self.config.data.image_size)
+        except ValueError:
+            return {}
+        return self._figures(bundled)
+
+    def _figures(self, tokenizer: Tokenizer) -> dict[str, float]:
         batches = self._calm_crops(self.config.look_steps)
-        return measure_quality(_tokenizer_of(model), (batch.images for batch in batches)).figures()
+        return measure_quality(tokenizer, (batch.images for batch in batches)).figures()
 
     def greet(self, log: RunLog, model: nn.Module) -> None:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        log.say(
+            f"{counted(self.num_images, 'image')}, {parameters:,} parameters, {counted(self.world.size, 'rank')} on "
+            f"{self.world.device.type}, steps {log.first_step} to {log.num_steps}"
+        )
+        if log.first_step:
+            log.say(f"going on from the checkpoint of step {log.first_step}")
         log.say(str(self.pipeline))
 
     def _calm_crops(self, num_steps: int) -> list[Batch]:
@@ -189,7 +222,9 @@ class DvaeTraining:
         calm = self.config.data.as_pretraining.model_copy(update={"jitter": 0.0})
         return self._crops(self.val_index or self.index, (self.config.seed + 1) % 2**63, num_steps, calm)
 
-    def _crops(self, index: Index, seed: int, num_steps: int, data: DataConfig | None = None) -> list[Batch]:
+    def _crops(
+        self, index: Index, seed: int, num_steps: int, data: DataConfig | None = None, what: str = "crops read"
+    ) -> list[Batch]:
         loader = make_loader(
             data or self.config.data.as_pretraining,
             index,
@@ -201,7 +236,7 @@ class DvaeTraining:
             first_step=0,
             num_steps=num_steps,
         )
-        return list(loader)
+        return list(reported(loader, what, num_steps))
 
 
 def _tokenizer_of(model: DvaeTrainer) -> DiscreteVAE:

@@ -4,7 +4,7 @@ The card says of what kind the tokenizer is and how large; the tensors follow fr
 other names, `NAME.safetensors` and `NAME.json`, goes by the first of them: the bundled tokenizer is such a pair.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from fastbeit.config.explain import explain
 from fastbeit.config.sections import Section
 from fastbeit.config.tokenizer import Architecture
-from fastbeit.errors import CANNOT_WRITE, RunError, TokenizerError
+from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError, TokenizerError
 from fastbeit.files import aside, put_in_place, sha256
 from fastbeit.tokenizer.authors_vae import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder, CustomizedVAE
 from fastbeit.tokenizer.codebook import CodebookArchitecture, CodebookDecoder, CodebookEncoder, CodebookTokenizer
@@ -114,7 +115,7 @@ def load_tokenizer(
     weights, card_file = _files(Path(path) if str(path) else bundled_path())
     card = _read_card(weights, card_file)
     kind = KINDS[card.kind]
-    arch = _validated(kind.architecture, card.architecture, f"'{card_file}': architecture.")
+    arch = _validated(kind.architecture, card.architecture, f"'{card_file}': architecture: ")
     found = sha256(weights)
     if found != card.sha256:
         raise TokenizerError(
@@ -136,11 +137,36 @@ def load_tokenizer(
     return kind.tokenizer(_read_into(encoder, weights, kind.prefixes[0], device), read_decoder, found, dtype)
 
 
+def refuse_to_replace(out: Path, hashes: Sequence[str] = ()) -> None:
+    """
+    Args:
+        hashes: SHA-256 of the files that a tokenizer is to be made of; what was made of some of them may be replaced.
+
+    Raises:
+        RunError: a tokenizer in `out`, or a training of one, would be lost (exit code 2).
+    """
+    weights, card_file = _files(out)
+    if weights.exists() or card_file.exists():
+        try:
+            source = _read_card(weights, card_file).origin.get("source") or []
+            old = {one["sha256"] for one in source}
+        except (TokenizerError, TypeError, KeyError, AttributeError):
+            old = set()
+        if not old or not old <= set(hashes):
+            raise RunError(
+                f"'{out}' holds another tokenizer, which would be lost; choose another -o, or delete {weights.name} "
+                f"and {card_file.name} there first",
+                USAGE,
+            )
+    elif (out / "config.yaml").exists():
+        raise RunError(f"'{out}' holds a run, which writes files there too; choose another -o", USAGE)
+
+
 def vocab_size_of(path: Path | str = "") -> int:
     """How many visual words a tokenizer has, by its card alone; path and errors as in `load_tokenizer`."""
     weights, card_file = _files(Path(path) if str(path) else bundled_path())
     card = _read_card(weights, card_file)
-    arch = _validated(KINDS[card.kind].architecture, card.architecture, f"'{card_file}': architecture.")
+    arch = _validated(KINDS[card.kind].architecture, card.architecture, f"'{card_file}': architecture: ")
     return arch.model_dump()["vocab_size"]
 
 
@@ -177,7 +203,8 @@ def _read_card(weights: Path, card_file: Path) -> Card:
         if not file.is_file():
             raise TokenizerError(
                 f"'{weights.parent}' wants {card_file.name} and {weights.name}; {file.name} is not there; make them "
-                "with `fastbeit tokenizer train`, import or fetch"
+                "with `fastbeit tokenizer fetch`, import or train",
+                CHECKPOINT_UNUSABLE if weights.exists() or card_file.exists() else DATA_MISSING,
             )
     card = _validated(Card, card_file.read_bytes(), f"'{card_file}': ")
     if card.kind not in KINDS:
@@ -189,9 +216,7 @@ def _validated(model: type[S], value: bytes | dict[str, Any], place: str) -> S:
     try:
         return model.model_validate_json(value) if isinstance(value, bytes) else model.model_validate(value)
     except ValidationError as err:
-        first = err.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the whole file"
-        raise TokenizerError(f"{place}{key}: {first['msg']}; make the tokenizer again") from None
+        raise TokenizerError(f"{place}{explain(err, model)[0]}; make the tokenizer again") from None
 
 
 def _shapes(net: nn.Module, prefix: str) -> dict[str, list[int]]:

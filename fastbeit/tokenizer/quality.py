@@ -51,6 +51,32 @@ def word_usage(tokenizer: Tokenizer, images: Iterable[Tensor]) -> WordUsage:
     return WordUsage(histogram)
 
 
+def verdict(figures: dict[str, float], num_words: int, bundled: dict[str, float]) -> str:
+    """What the figures of a tokenizer mean, in a line or two.
+
+    Args:
+        bundled: those of the bundled tokenizer on the same images; empty: not measured.
+    """
+    line = (
+        f"on held-out images a pixel is off by {figures['mean_abs_error']:.1%} of the range on average, and "
+        f"{figures['words_in_use']} of {num_words} words are in use, with the variety of "
+        f"{figures['word_perplexity']:.0f} used alike"
+    )
+    if not bundled:
+        return line
+    is_better = figures["mean_abs_error"] < bundled["mean_abs_error"]
+    beside = (
+        f"the bundled tokenizer: {bundled['mean_abs_error']:.1%}, {bundled['words_in_use']} words in use, variety "
+        f"{bundled['word_perplexity']:.0f}"
+    )
+    said = (
+        "this one shows these images better"
+        if is_better
+        else "this one shows these images worse: train longer (optim.steps), or keep the bundled one (tokenizer.path=)"
+    )
+    return f"{line}\n{beside}; {said}"
+
+
 @dataclass(frozen=True)
 class Quality:
     """Of a tokenizer on some images."""

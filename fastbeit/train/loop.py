@@ -25,6 +25,7 @@ from fastbeit.engine.protocol import compiled_before, compute_dtype, make_engine
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DONE, PREEMPTED, ConfigError, RunError
 from fastbeit.files import aside, put_in_place
+from fastbeit.plural import counted
 from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.checkpoint import Saver
 from fastbeit.train.ema import Average
@@ -36,6 +37,7 @@ from fastbeit.train.settings import in_words
 from fastbeit.train.stop import Stop, StopWanted
 
 MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a training is stopped
+MAX_EMPTY_IN_A_ROW = 5  # steps that predicted nothing, likewise
 
 
 @dataclass(frozen=True)
@@ -335,6 +337,11 @@ def _say(log: RunLog, task: Task, meter: Meter, place: dict[str, float], num_bad
     log.show(int(place["step"]), f"{reading.line}  {waits}")
     if reading.warning:
         log.say(reading.warning)
+    if meter.num_empty:
+        log.say(
+            f"WARNING: {counted(meter.num_empty, 'step')} since the last line had nothing to predict: no label in any "
+            "image"
+        )
 
 
 def _see(log: RunLog, look: Look, model: nn.Module, step: int, stop: Stop) -> None:
@@ -355,6 +362,12 @@ def _stop_if_lost(meter: Meter, step: int, lr: float, last_checkpoint: Path | No
             f"loss or gradient was not finite in the last {meter.skipped_in_a_row} steps up to step {step} "
             f"(learning rate {lr:.2e}); no update was made from them. Lower optim.lr or optim.clip_grad, or warm up "
             f"longer, in another out; last checkpoint: {last_checkpoint or 'none'}"
+        )
+    if meter.empty_in_a_row >= MAX_EMPTY_IN_A_ROW:
+        raise RunError(
+            f"there was nothing to predict in the last {meter.empty_in_a_row} steps up to step {step}: no label in any "
+            "image, so nothing is learnt. Look at masks and labels with `fastbeit data show`; last checkpoint: "
+            f"{last_checkpoint or 'none'}"
         )
 
 

@@ -9,6 +9,12 @@ from fastbeit.engine.cards import peak_of
 from fastbeit.engine.ranks import World
 
 
+def _counted(counts: Tensor, is_one: Tensor) -> Tensor:
+    """[2]: how many in all, and how many in a row, one step later."""
+    one = is_one.to(counts)
+    return torch.stack([counts[0] + one, (counts[1] + 1) * one])
+
+
 class Meter:
     """Sums over the steps since the last `read`, then over all ranks."""
 
@@ -19,8 +25,11 @@ class Meter:
             flops_per_image: of a forward and backward; 0: not known.
         """
         self.world, self.batch_size, self.flops_per_image = world, batch_size, flops_per_image
-        self.skipped_in_a_row = 0  # updates, as of the last `read`
+        self.skipped_in_a_row = self.num_empty = self.empty_in_a_row = (
+            0  # updates; steps that predicted nothing; as of the last `read`
+        )
         self._skipped = torch.zeros(2, device=world.device)  # updates skipped: in all, and in a row
+        self._empty = torch.zeros(2, device=world.device)  # steps that predicted nothing: since `read`, and in a row
         self._clear()
 
     def _clear(self) -> None:
@@ -46,14 +55,14 @@ class Meter:
     def end_step(self, count: Tensor, grad_norm: Tensor) -> None:
         """
         Args:
-            count: what the loss of the step was divided by; a scalar on the device.
+            count: of what the step predicted, over all ranks; a scalar on the device.
             grad_norm: not finite where the update was skipped.
         """
         self._count += count
         self.num_steps += 1
         self._grad_norm = grad_norm
-        bad = (~torch.isfinite(grad_norm)).float()
-        self._skipped = torch.stack([self._skipped[0] + bad, (self._skipped[1] + 1) * bad])
+        self._skipped = _counted(self._skipped, ~torch.isfinite(grad_norm))
+        self._empty = _counted(self._empty, count == 0)
 
     def read(self) -> tuple[list[Tensor], float, dict[str, float]]:
         """Sums over all ranks, their count, and what is measured of every training; all ranks must ask.
@@ -66,6 +75,8 @@ class Meter:
         count = max(self._count.item(), 1)
         skipped, in_a_row = self._skipped.tolist()
         self.skipped_in_a_row = int(in_a_row)
+        self.num_empty, self.empty_in_a_row = map(int, self._empty.tolist())
+        self._empty[0] = 0
         seconds = self.seconds()
         figures = {
             "grad_norm": self._grad_norm.item(),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fastbeit import __version__
 from fastbeit.errors import CANNOT_WRITE, DATA_MISSING, RunError, TokenizerError
 from fastbeit.files import sha256, sync
+from fastbeit.tokenizer.disk import refuse_to_replace
 from fastbeit.weights.tokenizers import import_tokenizer, read_released
 
 
@@ -54,10 +55,13 @@ def fetch_tokenizer(out: Path, source: Source = SOURCES["openai"], pause_s: floa
         pause_s: before the first retry; it doubles with each.
 
     Raises:
-        RunError: there is no network or no such file (exit code 66), or `out` cannot be written (74).
+        RunError: there is no network or no such file (exit code 66), `out` holds another tokenizer (2), or cannot be
+            written (74).
         TokenizerError: what came, or was there, is no such tokenizer.
     """
     missing = [name for name in source.files if not (out / name).is_file()]
+    if missing:
+        refuse_to_replace(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in missing:

@@ -18,13 +18,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from fastbeit.config.explain import explain
 from fastbeit.config.sections import Section
 from fastbeit.config.tokenizer import Architecture
-from fastbeit.errors import TokenizerError
+from fastbeit.errors import DATA_MISSING, TokenizerError
 from fastbeit.files import sha256
 from fastbeit.tokenizer.authors_vae import CustomizedArchitecture, CustomizedDecoder, CustomizedEncoder
 from fastbeit.tokenizer.codebook import import_codebook
-from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
+from fastbeit.tokenizer.disk import load_tokenizer, refuse_to_replace, save_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder
 from fastbeit.weights.pickles import Malformed, TensorSpec, shown
 from fastbeit.weights.proof import prove
@@ -57,10 +58,17 @@ def import_tokenizer(files: list[Path], out: Path, origin: dict[str, Any] | None
         origin: more facts for the card.
 
     Raises:
-        TokenizerError: a file is missing, damaged, holds no known tokenizer, or names what it may not, and nothing was
-            run; or the two do not belong together; or the weights fail their `proof`. Nothing was written.
-        RunError: the tokenizer cannot be written (exit code 74).
+        TokenizerError: a file is missing (exit code 66), damaged, holds no known tokenizer, or names what it may not,
+            and nothing was run; or the two do not belong together; or the weights fail their `proof`. Nothing was
+            written.
+        RunError: `out` holds another tokenizer (2), or the tokenizer cannot be written (74).
     """
+    for path in files:
+        if not path.is_file():
+            what = "is a directory; name the files of weights in it" if path.is_dir() else "does not exist"
+            raise TokenizerError(f"'{path}' {what}", DATA_MISSING)
+    hashes = [sha256(path) for path in files]
+    refuse_to_replace(out, hashes)
     found = [read_released(path) for path in files]
     nets: dict[str, nn.Module] = {}
     for released in found:
@@ -74,7 +82,10 @@ def import_tokenizer(files: list[Path], out: Path, origin: dict[str, Any] | None
     if isinstance(encoder, Encoder) and isinstance(decoder, Decoder):
         encoder.arch = _together(encoder.arch, decoder.arch)
     proof = prove(encoder, decoder)
-    source = [{"file": one.path.name, "sha256": sha256(one.path), "format": one.format} for one in found]
+    source = [
+        {"file": one.path.name, "sha256": hashed, "format": one.format}
+        for one, hashed in zip(found, hashes, strict=True)
+    ]
     save_tokenizer(out, encoder, decoder, {"source": source, **(origin or {})})
     words = load_tokenizer(out).vocab_size
     use = "encodes and decodes" if decoder else "encodes; its words have no pictures, since there is no decoder"
@@ -207,8 +218,7 @@ def _architecture(model: type[S], sizes: dict[str, int]) -> S:
     try:
         return model(**sizes)
     except ValidationError as err:
-        first = err.errors()[0]
-        raise Malformed(f"is no known tokenizer: {first['loc'][0]}: {first['msg']}, found {first['input']}") from None
+        raise Malformed(f"is no known tokenizer: {explain(err, model)[0]}") from None
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

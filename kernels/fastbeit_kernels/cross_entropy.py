@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastbeit_kernels.backend import Backend, tl, triton, uses_triton
+from fastbeit_kernels.derivatives import refuse_second_order, refuse_tangents
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORE_INDEX = -100  # as in torch.nn.functional.cross_entropy: the label of an unused mask slot
@@ -317,6 +318,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad_loss: Tensor, *_) -> tuple[Tensor | None, ...]:
+    refuse_second_order("cross_entropy", grad_loss)
     count, residual = ctx.saved_tensors
     return _backward(grad_loss, count, residual), None, None, None, None, None
 
@@ -365,11 +367,13 @@ def cross_entropy(
     Raises:
         ValueError: a shape, dtype, device, layout or weight is wrong.
         IndexError: a label of the reference is out of range, by name; Triton: a device-side assertion.
+        RuntimeError: Triton: a second or a forward-mode derivative is wanted; the reference has them.
     """
     _check(logits, labels, count)
     check_weights("cross_entropy", label_smoothing, z_loss)
     if not uses_triton(backend, logits.device):
         return cross_entropy_reference(logits, labels, count, label_smoothing=label_smoothing, z_loss=z_loss)
+    refuse_tangents("cross_entropy", logits)
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     loss, num_correct, _ = _forward(logits, labels, divisor(labels, count), label_smoothing, z_loss, with_grad)
     return loss, num_correct

@@ -29,6 +29,7 @@ from fastbeit_kernels.cross_entropy import (
     divisor,
     launch_forward,
 )
+from fastbeit_kernels.derivatives import refuse_second_order, refuse_tangents
 
 # On a GPU the logits of a chunk take at most this share of its memory: 1.2 GiB of 80, 384 MiB of 24. Large products
 # fill a card, and a chunk reads and writes the weight's gradient: an H100 takes 1,566 us for 19,200 rows in one chunk,
@@ -209,6 +210,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad_loss: Tensor, *_) -> tuple[Tensor | None, ...]:
+    refuse_second_order("linear_cross_entropy", grad_loss)
     count, *gradients = ctx.saved_tensors
     kept = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
     overwrite = ctx.overwrite and not kept  # retain_graph: another backward will read what is stored
@@ -265,7 +267,9 @@ def linear_cross_entropy(
     Raises:
         ValueError: a shape, dtype, device, layout, chunk or weight is wrong.
         IndexError: a label of the reference is out of range, by name; Triton: a device-side assertion.
+        RuntimeError: a second or a forward-mode derivative is wanted; the reference has them.
     """
+    refuse_tangents("linear_cross_entropy", hidden, weight, bias)
     product = product_dtype(dtype, hidden)
     _check(hidden, weight, bias, labels, count, chunk, product)
     check_weights("linear_cross_entropy", label_smoothing, z_loss)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastbeit_kernels.backend import Backend, product_dtype, tl, triton, uses_triton, without_autocast
+from fastbeit_kernels.derivatives import refuse_second_order, refuse_tangents
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # of the buffer that patches are unfolded into for the weight's gradient: a third of the L2 cache of an A100 or H100
@@ -317,6 +318,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_order("masked_embed", grad_tokens)
     wanted = list(ctx.needs_input_grad[2:7])
     # `.sum().backward()` hands over stride-0 gradients
     grads = iter(_backward(grad_tokens.contiguous(), *ctx.saved_tensors, ctx.patch_size, ctx.dtype, wanted))
@@ -374,13 +376,16 @@ def masked_embed(
 
     Raises:
         ValueError: a shape, dtype or device is wrong, or a tensor other than the weight is not contiguous.
+        RuntimeError: Triton: a second or a forward-mode derivative is wanted; the reference has them.
     """
     args = images, masked, weight, bias, cls_token, mask_token, positions, mean, std
     dtypes = product_dtype(dtype, weight), out_dtype or weight.dtype
     names = "images", "masked", "weight", "bias", "cls_token", "mask_token", "positions", "mean", "std"
     _check({name: x for name, x in zip(names, args, strict=True) if x is not None}, *dtypes)
-    embed = _forward if uses_triton(backend, images.device) else masked_embed_reference
-    return embed(*args, *dtypes)
+    if not uses_triton(backend, images.device):
+        return masked_embed_reference(*args, *dtypes)
+    refuse_tangents("masked_embed", weight, bias, cls_token, mask_token, positions, mean, std)
+    return _forward(*args, *dtypes)
 
 
 def _check(tensors: dict[str, Tensor], *dtypes: torch.dtype) -> None:

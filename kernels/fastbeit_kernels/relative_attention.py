@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastbeit_kernels.backend import Backend, tl, triton, uses_triton
+from fastbeit_kernels.derivatives import refuse_second_order, refuse_tangents
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = 1.4426950408889634  # exp2 is one instruction: scores are in bits
@@ -347,6 +348,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, Tensor | None, None]:
     if grad_out is None:
         return None, None, None
+    refuse_second_order("relative_attention", grad_out)
     # read once: where a block is computed again for its backward, a second time is an error
     qkv, bias, out, lse = ctx.saved_tensors
     grad_qkv, grad_bias = _backward(grad_out.contiguous(), qkv, bias, out, lse, ctx.workspace)
@@ -387,12 +389,16 @@ def relative_attention(qkv: Tensor, bias: Tensor, *, workspace: int | None = Non
 
     Raises:
         ValueError: a shape, dtype or device is wrong, qkv is not contiguous, or the workspace is no number of bytes.
+        RuntimeError: Triton: a second or a forward-mode derivative is wanted; the reference has them.
     """
     triton_runs = uses_triton(backend, qkv.device)
     _check(qkv, bias, triton_runs)
     if workspace is not None and workspace < 1:
         raise ValueError(f"relative_attention wants a workspace of at least 1 byte; got {workspace}")
-    return _forward(qkv, bias, workspace or 0)[0] if triton_runs else relative_attention_reference(qkv, bias)
+    if not triton_runs:
+        return relative_attention_reference(qkv, bias)
+    refuse_tangents("relative_attention", qkv, bias)
+    return _forward(qkv, bias, workspace or 0)[0]
 
 
 def refusal(S: int, K: int) -> str | None:

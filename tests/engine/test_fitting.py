@@ -157,7 +157,7 @@ def test_auto_keeps_a_reserve_and_says_what_it_found(card):
     found = fit(card(35 * GIB), Toy(64))
     assert found.accumulate == 2 and found.figures["predicted_mib"] == pytest.approx(32 * 1024, rel=1e-3)
     assert found.line.startswith(
-        "optim.accumulate=auto: 2 micro-batch(es) a step of 32 images a rank: the largest that fits into 33.0 GiB; "
+        "optim.accumulate=auto: 2 micro-batches a step of 32 images a rank: the largest that fits into 33.0 GiB; "
         "peak predicted 32.0 GiB, in a dry step "
     )
     assert "checkpoint_blocks" not in found.line and "\n" not in found.line

@@ -46,7 +46,13 @@ world.share(model)
 x = torch.full((2,), float(rank + 1), requires_grad=True)
 # a loss on each rank, of what both gave: 1 * x0 + 10 * x1 on rank 0, twice that on rank 1
 (stacked(x).sum(1) * torch.tensor([1.0, 10.0])).sum().mul(rank + 1).backward()
-result = {"verdicts": verdicts, "weight": model.weight.tolist(), "grad": x.grad.tolist(), "sum": world.sum([rank, 5])}
+try:
+    torch.autograd.grad(stacked(x).sum(), x, create_graph=True)
+    refused = "nothing"
+except RuntimeError as err:
+    refused = str(err)
+result = {"refused": refused}
+result |= {"verdicts": verdicts, "weight": model.weight.tolist(), "grad": x.grad.tolist(), "sum": world.sum([rank, 5])}
 print(json.dumps(result), file=open(sys.argv[1] + str(rank), "w"))
 world.leave()
 leave(0)
@@ -82,6 +88,10 @@ def test_weights_of_rank_0_are_shared_and_sums_are_of_all(results):
 def test_the_gradient_of_what_is_stacked_comes_from_all_ranks(results):
     # d/dx0 of both ranks' losses: 1 + 2; d/dx1: 10 + 20
     assert [result["grad"] for result in results] == [[3.0, 3.0], [30.0, 30.0]]
+
+
+def test_the_gradient_of_what_is_stacked_has_no_second_derivative(results):
+    assert all("no second derivative" in result["refused"] for result in results)
 
 
 def test_one_rank_agrees_with_itself():

@@ -15,7 +15,7 @@ from fastbeit.config.read import load_config
 from fastbeit.config.sections import Kernels, KernelsConfig
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.plans import Plans
-from fastbeit.errors import RunError
+from fastbeit.errors import ConfigError, RunError
 from fastbeit.jobs.pretrain import pretrain
 from fastbeit.train.checkpoint import load_model, load_optimizer, resolve_checkpoint
 from fastbeit_kernels.backend import INTERPRETED
@@ -68,6 +68,25 @@ def test_it_learns_and_leaves_a_run_directory(train, tmp_path, capfd):
     assert {"config.yaml", "log.jsonl", "checkpoints", "tensorboard"} <= found
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"step-000020", "step-000030"}
     assert "step-000030" in capfd.readouterr().out
+
+
+def test_masks_that_hide_nothing_are_refused_before_anything_is_written(train, tmp_path):
+    with pytest.raises(ConfigError, match="100% of the first 256 masks hide no patch: blocks have 13 patches or more"):
+        train(masking__num_masked=13, masking__min_block=13)
+    assert not (tmp_path / "run").exists()
+
+
+def test_few_hidden_patches_are_said(train, capfd):
+    train(optim__steps=1, masking__num_masked=2, masking__min_block=1)
+    assert "WARNING: only 12% of the patches are hidden, " in capfd.readouterr().err
+
+
+def test_steps_without_a_label_are_said_and_stop_a_run(train, monkeypatch, capfd):
+    monkeypatch.setattr("fastbeit.masking.try_rule", lambda rule: [])
+    with pytest.raises(RunError, match="nothing to predict in the last 5 steps up to step 5: no label") as caught:
+        train(optim__steps=9, masking__num_masked=13, masking__min_block=13)
+    assert caught.value.exit_code == 1
+    assert "WARNING: 1 step since the last line had nothing to predict" in capfd.readouterr().err
 
 
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(train, tmp_path):
@@ -163,7 +182,11 @@ def test_another_tokenizer_is_refused(train, parts, tmp_path):
     [
         ({"data.index": "nowhere.idx"}, "'nowhere.idx' does not exist; make it with `fastbeit index", 66),
         ({"data.val_index": "nowhere.idx"}, "'nowhere.idx' does not exist", 66),
-        ({"tokenizer.path": "nowhere"}, "'nowhere' does not exist; make it with `fastbeit tokenizer", 66),
+        (
+            {"tokenizer.path": "nowhere"},
+            "'nowhere' does not exist; get OpenAI's with `fastbeit tokenizer fetch -o nowhere`, or",
+            66,
+        ),
         ({"data.index": ""}, "data.index is not set", 2),
         ({"data.tail": "drop", "optim.batch_size": 13}, "12", None),
         ({"engine.device": "cuda"}, "no CUDA device", 2),

@@ -85,7 +85,7 @@ def test_the_shards_hold_the_source_under_its_names(source, tmp_path, capsys, wo
     pixels = [(index.heights.astype(int) * index.widths).sum() / 1e6 for index in (before, after)]
     file_mb = (tmp_path / "out/shard-000000.tar").stat().st_size / 1e6
     assert said == (
-        f"{len(before)} images in 1 shards in '{tmp_path / 'out'}', {num_copied} of them copied as they were: "
+        f"{len(before)} images in 1 shard in '{tmp_path / 'out'}', {num_copied} of them copied as they were: "
         f"{before.sizes.sum() / 1e6:,.1f} MB became {file_mb:,.1f}, {pixels[0]:,.1f} megapixels became {pixels[1]:,.1f}"
     )
 

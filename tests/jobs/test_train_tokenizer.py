@@ -18,11 +18,11 @@ from fastbeit.data.index.scan import build_index
 from fastbeit.data.loader import make_loader
 from fastbeit.engine.ranks import World
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DONE, PREEMPTED, USAGE, DataError, RunError
-from fastbeit.jobs.train_tokenizer import step_generator, train_tokenizer
+from fastbeit.jobs.train_tokenizer import DvaeTraining, step_generator, train_tokenizer
 from fastbeit.tokenizer.disk import load_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder, one_hot, to_mapped
 from fastbeit.tokenizer.fast import DiscreteVAE
-from fastbeit.tokenizer.quality import WordUsage, measure_quality, word_usage
+from fastbeit.tokenizer.quality import WordUsage, measure_quality, verdict, word_usage
 from fastbeit.tokenizer.training.kmeans_start import kmeans, nearest, solve_both_ends
 from fastbeit.tokenizer.training.objective import DvaeTrainer, draw_words, gumbel_noise, logit_laplace, usage_entropy
 from fastbeit.train.ema import Average
@@ -81,6 +81,43 @@ def step_of(trainer: DvaeTrainer, images: torch.Tensor, step: int, seed: int) ->
 
 def weights(out: Path) -> bytes:
     return (out / "dvae.safetensors").read_bytes()
+
+
+def test_it_speaks_from_the_start_to_the_end(photos, tmp_path, capsys, monkeypatch):
+    """How far the start is, what is resumed, and what the figures are worth beside the bundled tokenizer."""
+    clock = iter(range(10**9))
+    monkeypatch.setattr("fastbeit.data.progress.time.perf_counter", lambda: 2.0 * next(clock))
+    out, stop_at_2 = tmp_path / "dvae", config(log__save_every=2)
+    see, looks = DvaeTraining.look, []
+
+    def stop_after_the_look(self, model, log, step, stop):
+        found = see(self, model, log, step, stop)
+        looks.append(step)
+        if len(looks) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(DvaeTraining, "look", stop_after_the_look)
+    assert train_tokenizer(stop_at_2, photos, photos, out, COMMAND) == PREEMPTED
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("start: 24 words from the colours of ") and said[0].endswith("then 6 steps")
+    parts = [line for line in said if "ETA" in line and line.startswith("start ")]
+    assert [part for part in "12345" if any(line.startswith(f"start {part}/5") for line in parts)] == list("12345")
+    assert train_tokenizer(stop_at_2, photos, photos, out, COMMAND) == DONE
+    both = capsys.readouterr()
+    assert "going on from the checkpoint of step 2" in both.err and "start" not in both.err.split("steps 2 to 6")[0]
+    mine, beside, where = both.out.splitlines()[-3:]
+    assert mine.startswith("on held-out images a pixel is off by ") and "of 24 words are in use" in mine
+    assert beside.startswith("the bundled tokenizer: ") and "worse: train longer" in beside
+    assert where == f"tokenizer: {out}"
+
+
+def test_the_verdict_is_by_the_error():
+    figures = {"mean_abs_error": 0.05, "psnr_db": 20.0, "words_in_use": 900, "word_perplexity": 400.0}
+    assert verdict(figures, 1024, {}).count("\n") == 0
+    assert "a pixel is off by 5.0%" in verdict(figures, 1024, {}) and "900 of 1024 words" in verdict(figures, 1024, {})
+    assert "better" in verdict(figures, 1024, figures | {"mean_abs_error": 0.06})
+    assert "worse" in verdict(figures, 1024, figures | {"mean_abs_error": 0.04})
 
 
 @pytest.mark.parametrize("location, log_scale", [(0.0, 0.0), (2.0, -1.0), (-1.5, -2.0)])

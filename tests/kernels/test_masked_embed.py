@@ -1,4 +1,5 @@
 import sys
+from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.kernels.traffic import Traffic
-from fastbeit_kernels import masked_embed as module
 from fastbeit_kernels.backend import INTERPRETED
 from fastbeit_kernels.masked_embed import masked_embed, masked_embed_reference
 from helpers.launchers import GUARD_BYTES, GuardZones, NoSync, between_nans, shuffle_programs
 from helpers.numerics import assert_within_budget
 from helpers.waiting import finished
+
+module = import_module("fastbeit_kernels.masked_embed")  # the package has the function by this name
 
 PARAMETERS = "weight", "bias", "cls_token", "mask_token", "positions"
 DTYPES = torch.float32, torch.bfloat16, torch.float16

@@ -1,3 +1,4 @@
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -7,10 +8,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbeit_kernels import relative_attention as module
 from fastbeit_kernels.relative_attention import relative_attention, relative_attention_reference
 from helpers.launchers import GuardZones, NoSync, between_nans, shuffle_programs
 from helpers.numerics import assert_within_budget
+
+module = import_module("fastbeit_kernels.relative_attention")  # the package has the function by this name
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 NAMES = "out", "grad_qkv", "grad_bias"

@@ -129,16 +129,16 @@ def test_a_tokenizer_without_a_decoder_says_so_when_one_is_wanted(tmp_path, kind
 
 DAMAGE = {
     "kind": ("customized", lambda p: edit_card(p, kind="vqgan"), "kind wants one of dalle, .*found 'vqgan'"),
-    "another kind": ("customized", lambda p: edit_card(p, kind="dalle"), r"architecture\.\w+: Extra inputs"),
+    "another kind": ("customized", lambda p: edit_card(p, kind="dalle"), r"architecture: unknown key 'num_layers'"),
     "negative": (
         "codebook",
         lambda p: edit_card(p, architecture={"vocab_size": 24, "patch_size": -1, "order": "chw"}),
-        r"architecture\.patch_size: Input should be greater",
+        "architecture: patch_size: wanted ",
     ),
     "no order": (
         "codebook",
         lambda p: edit_card(p, architecture={"vocab_size": 24, "patch_size": 16}),
-        r"architecture\.order: Field required",
+        "architecture: order is not there",
     ),
     "another size": (
         "codebook",

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastbeit.config.tokenizer import Architecture
-from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, RunError
+from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, DATA_MISSING, RunError
 from fastbeit.files import sha256
 from fastbeit.tokenizer.disk import TokenizerError, load_tokenizer, save_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder, map_pixels, one_hot, unmap_pixels
@@ -193,10 +193,10 @@ DAMAGE = {
         lambda p: (p / "dvae.safetensors").write_bytes((p / "dvae.safetensors").read_bytes()[:-9]),
         "damaged or replaced",
     ),
-    "no card": (lambda p: (p / "dvae.json").write_text("<html>"), "dvae.json': the whole file: Invalid JSON"),
+    "no card": (lambda p: (p / "dvae.json").write_text("<html>"), "dvae.json': the whole: wanted JSON; got b'<html>'"),
     "another layout": (
         lambda p: (p / "dvae.json").write_text((p / "dvae.json").read_text().replace('"format": 1', '"format": 2')),
-        "format: Input should be less than or equal to 1",
+        "format: wanted at most 1; got 2",
     ),
     "another width": (
         lambda p: (p / "dvae.json").write_text((p / "dvae.json").read_text().replace('"n_hid": 8', '"n_hid": 12')),
@@ -220,7 +220,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(TokenizerError, match=message) as err:
         load_tokenizer(tmp_path)
-    assert err.value.exit_code == CHECKPOINT_UNUSABLE
+    assert err.value.exit_code == (CHECKPOINT_UNUSABLE if any(tmp_path.iterdir()) else DATA_MISSING)
 
 
 def test_a_tokenizer_that_is_no_safetensors_file_is_refused(tmp_path):

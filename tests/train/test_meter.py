@@ -22,6 +22,20 @@ def test_the_least_and_the_most_of_several_ranks(monkeypatch: pytest.MonkeyPatch
     assert Meter(World(0, 1, CPU), 8)._spread(79.0, 0.3) == {}
 
 
+def test_steps_that_predict_nothing_are_counted():
+    """Since the last reading, and in a row; whatever the readings between."""
+    meter = Meter(World(0, 1, CPU), 8)
+
+    def read(*counts: int) -> tuple[int, int]:
+        for count in counts:
+            meter.add((torch.tensor(0.0),))
+            meter.end_step(torch.tensor(count), torch.tensor(1.0))
+        meter.read()
+        return meter.num_empty, meter.empty_in_a_row
+
+    assert [read(0, 5, 0), read(0), read(0, 7), read(1)] == [(2, 1), (1, 2), (1, 0), (0, 0)]
+
+
 def test_rates_are_of_one_gpu():
     """Two ranks, 6,000 images a second in all, 100 GFLOP each: 300 TFLOP/s a GPU."""
     meter = Meter(World(0, 2, CPU), 512, flops_per_image=100 * 10**9)

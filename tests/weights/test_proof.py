@@ -51,15 +51,25 @@ def test_an_encoder_alone_is_judged_by_its_words(tmp_path, capsys):
     assert "words in use 379" in report and "PSNR" not in report
 
 
-def test_random_weights_are_refused_and_what_was_there_stays(tmp_path, capsys):
+def test_random_weights_are_refused(tmp_path, capsys):
     out = tmp_path / "dvae"
-    assert main(["tokenizer", "import", *bundled(tmp_path, "encoder."), "-o", str(out)]) == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert main(["tokenizer", "import", *random_files(tmp_path), "-o", str(out)]) == CHECKPOINT_UNUSABLE
     message = capsys.readouterr().err
     assert "not the trained tokenizer that they claim to be: on 6 test pictures: PSNR" in message
     assert "at least PSNR of 18.2 dB and 16 words in use wanted; no tokenizer was written" in message
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not out.exists()
+
+
+def test_a_tokenizer_that_is_there_is_not_replaced(tmp_path, capsys):
+    files, out = bundled(tmp_path, "encoder.", "decoder."), tmp_path / "dvae"
+    # nothing is lost by the same once more, and then with a decoder
+    for given in (files[:1], files[:1], files):
+        assert main(["tokenizer", "import", *given, "-o", str(out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.glob("dvae.*")}
+    for command in (["import", files[0]], ["import", *random_files(tmp_path)], ["fetch"], ["fetch", "--from", "flava"]):
+        assert main(["tokenizer", *command, "-o", str(out)]) == 2
+        assert f"'{out}' holds another tokenizer, which would be lost; choose another -o" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.glob("dvae.*")} == before
 
 
 def test_random_weights_that_were_fetched(tmp_path, capsys):

@@ -179,7 +179,7 @@ CHANGES = {
     "missing": (lambda t: t.pop("blocks.group_3.block_2.res_path.conv_3.b"), r"conv_3.b nowhere, wants it \[8\]"),
     "more": (lambda t: t.update({"blocks.more": torch.ones(2)}), r"blocks.more \[2\], wants it nowhere"),
     "shape": (lambda t: t.update({"blocks.input.b": torch.ones(9)}), r"blocks.input.b \[9\], wants it \[8\]"),
-    "width": (lambda t: t.update({"blocks.input.w": torch.ones(6, 3, 7, 7)}), "n_hid: .* multiple of 4, found 6"),
+    "width": (lambda t: t.update({"blocks.input.w": torch.ones(6, 3, 7, 7)}), "n_hid: wanted a multiple of 4; got 6"),
     "too wide": (lambda t: t.update({"blocks.input.w": torch.ones(5000, 3, 7, 7)}), "n_hid 5000; 4096 is the most"),
     "groups": (lambda t: t.update({f"blocks.group_{i}.x": torch.ones(1) for i in range(99)}), "group_count 99; 8 is"),
     "dimensions": (lambda t: t.update({LAST: torch.ones(32, 64)}), r"conv.w with 4 dimensions, found \[32, 64\]"),

@@ -45,6 +45,7 @@ from fastbeit.data.index.summary import Summary, sort_skipped
 from fastbeit.data.index.writer import Look, Rows, Table, make_table, write_index
 from fastbeit.errors import CANNOT_CREATE, BadImage, DataError, RunError
 from fastbeit.files import aside, try_to_write
+from fastbeit.plural import counted
 
 THREADS = 16  # headers are read one small piece a file: the storage's latency is what is waited for
 TOGETHER = 16  # images that a thread takes at a time
@@ -98,7 +99,8 @@ def build_index(source: Path, output: Path, progress: bool = True, division: Div
         if not rows:
             reasons = "; ".join(f"{path!r}: {reason}" for path, reason in skipped[:3])
             raise DataError(
-                f"no image in '{source}'" + (f"; {len(skipped)} files skipped, such as {reasons}" if skipped else "")
+                f"no image in '{source}'"
+                + (f"; {counted(len(skipped), 'file')} skipped, such as {reasons}" if skipped else "")
             )
         whole = make_table(rows, opened, len(skipped))
         parts = [whole]

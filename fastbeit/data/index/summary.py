@@ -7,42 +7,15 @@ from pathlib import Path
 
 from fastbeit.data.index.members import HIDDEN, Reason
 from fastbeit.files import write_whole
+from fastbeit.plural import counted
 
 # of what one may have taken for an image that would be used
-LIKELY = (
-    *(
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-    ),
-    *(
-        ".gif",
-        ".heic",
-        ".heif",
-        ".avif",
-        ".jxl",
-        ".jp2",
-        ".j2k",
-        ".jpf",
-        ".jpx",
-        ".tga",
-        ".psd",
-        ".dcm",
-        ".svs",
-        ".exr",
-    ),
-    *(".hdr", ".ico", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw"),
+LIKELY = tuple(
+    f".{suffix}"
+    for suffix in (
+        "jpg jpeg jpe jfif png webp bmp dib tif tiff ppm pgm pbm pnm gif heic heif avif jxl jp2 j2k jpf jpx tga psd "
+        "dcm svs exr hdr ico dng cr2 cr3 nef arw orf raf rw2 raw"
+    ).split()
 )
 BROKEN = "truncated", "corrupt", "too large"  # reasons that only images have
 EIGHT_BITS = 256
@@ -60,16 +33,17 @@ class Summary:
     written: dict[Path, int] = field(default_factory=dict)  # how many images are in each index
 
     def __str__(self) -> str:
-        found = f"{self.num_images} images" + f" in {self.num_classes} classes" * bool(self.num_classes)
-        lines = [f"{found}, {len(self.skipped)} files skipped" + ":" * bool(self.skipped), *self._groups()]
+        found = counted(self.num_images, "image") + f" in {counted(self.num_classes, 'class')}" * bool(self.num_classes)
+        skipped = f"{counted(len(self.skipped), 'file')} skipped" + ":" * bool(self.skipped)
+        lines = [f"{found}, {skipped}", *self._groups()]
         if self.num_wide:
             low, high = self.levels
             lines.append(
-                f"{self.num_wide} images have 16 bits, with values from {low} to {high}, of which the default, "
+                f"{counted(self.num_wide, 'image')} of 16 bits: values from {low} to {high}, of which the default, "
                 f"data.levels=high_byte, keeps {high // EIGHT_BITS - low // EIGHT_BITS + 1} of 256 grey levels"
             )
         if len(self.written) > 1:
-            lines += [f"{path}: {number} images" for path, number in self.written.items()]
+            lines += [f"{path}: {counted(number, 'image')}" for path, number in self.written.items()]
         return "\n".join(lines)
 
     def _groups(self) -> Iterator[str]:

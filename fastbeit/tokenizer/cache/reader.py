@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from fastbeit.checksums import Checked, check_blocks
+from fastbeit.config.explain import explain
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Count, Fraction, Levels, Positive, Section, Size
 from fastbeit.data.index.reader import Index
@@ -248,9 +249,7 @@ def read_card(path: Path) -> Card:
     except OSError as err:
         raise CacheError(f"'{path}' cannot be read: {err.strerror}; {AGAIN}") from None
     except ValidationError as err:
-        first = err.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole file"
-        raise CacheError(f"'{path}': {place}: {first['msg']}; copy it again, or make the tokens again") from None
+        raise CacheError(f"'{path}': {explain(err, Card)[0]}; copy it again, or make the tokens again") from None
 
 
 def pipeline_of(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbeit.data.progress import reported
 from fastbeit.tokenizer.dvae import Conv2d, Decoder, Encoder, one_hot, to_mapped
 
 SHARPNESS = 3.0  # squared distance to a word, in units of the mean one to the nearest, to nats
@@ -30,8 +31,10 @@ def solve_both_ends(encoder: Encoder, decoder: Decoder, images: list[Tensor], ge
     head, tail, embedding = _conv(encoder, "output.conv"), _conv(decoder, "output.conv"), _conv(decoder, "input")
     stride, vocab_size = encoder.arch.stride, encoder.arch.vocab_size
 
-    weight, bias = _least_squares((_features(encoder, x), _rows(_quarters(x, stride))) for x in map(to_mapped, images))
-    colours = torch.cat([_features(encoder, to_mapped(batch)) @ weight.T + bias for batch in images])
+    mapped = reported(map(to_mapped, images), "start 2/5, colours of patches", len(images))
+    weight, bias = _least_squares((_features(encoder, x), _rows(_quarters(x, stride))) for x in mapped)
+    mapped = reported(map(to_mapped, images), "start 3/5, what the encoder makes of them", len(images))
+    colours = torch.cat([_features(encoder, x) @ weight.T + bias for x in mapped])
     words = kmeans(colours, vocab_size, generator)
     # logits = -scale |colour - word|^2, less the term that all words share
     scale = SHARPNESS / nearest(colours, words)[0].mean().clamp(min=1e-8)
@@ -54,12 +57,12 @@ def kmeans(points: Tensor, num_words: int, generator: torch.Generator) -> Tensor
     first = torch.randint(len(points), (1,), generator=generator, device=points.device)
     words = points[first]
     distance = (points - words).square().sum(1)
-    while len(words) < num_words:
+    for _ in reported(range(num_words - 1), "start 4/5, first words", num_words - 1):
         # with fewer different points than words all distances end at 0
         chosen = torch.multinomial(distance + 1e-12, 1, generator=generator)
         words = torch.cat([words, points[chosen]])
         distance = torch.minimum(distance, (points - points[chosen]).square().sum(1))
-    for _ in range(ROUNDS):
+    for _ in reported(range(ROUNDS), "start 5/5, rounds of k-means", ROUNDS):
         _, word = nearest(points, words)
         count = torch.bincount(word, minlength=num_words)[:, None]
         means = torch.zeros_like(words).index_add_(0, word, points) / count.clamp(min=1)

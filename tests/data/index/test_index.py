@@ -75,7 +75,7 @@ def test_bad_files_are_skipped_with_their_reasons(tmp_path):
     cut = {name for name, reason in summary.skipped if reason.startswith("truncated: ")}
     assert cut == {"half.jpg", "half.png", "header.jpg"}
     said = str(summary).splitlines()
-    assert said[0] == "1 images, 9 files skipped:"
+    assert said[0] == "1 image, 9 files skipped:"
 
 
 def test_odd_files_are_kept_with_their_upright_size(tmp_path):

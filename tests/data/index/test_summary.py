@@ -72,7 +72,7 @@ def test_the_range_of_16_bit_images_is_said(tmp_path, capsys):
     (tmp_path / "data/d.tif").write_bytes(tiff(large[..., 0], photometric="minisblack", compression="zlib"))
     index(tmp_path / "data", tmp_path / "images.idx")
     low, high = int((WIDE >> 4).min()), int((WIDE >> 4).max())
-    assert f"3 images have 16 bits, with values from {low} to {high}" in capsys.readouterr().out
+    assert f"3 images of 16 bits: values from {low} to {high}" in capsys.readouterr().out
 
 
 def test_names_of_all_kinds_are_listed_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -288,7 +288,7 @@ def test_the_command(parts, tokens, tmp_path, capsys, monkeypatch):
     for said in ("tokens: tokens\n", "tokens: tokens (were finished before)\n"):
         assert main(command) == 0
         shown = capsys.readouterr()
-        assert said in shown.out and "12 images x 3 crops x 16 tokens: 1,536 bytes in 'tokens'; 1 rank(s)" in shown.out
+        assert said in shown.out and "12 images x 3 crops x 16 tokens: 1,536 bytes in 'tokens'; 1 rank" in shown.out
     assert files(tmp_path / "tokens") == files(tokens)
     assert main([*command, "data.num_crops=2"]) == 2
     assert "data.num_crops is 3 there, 2 here" in capsys.readouterr().err

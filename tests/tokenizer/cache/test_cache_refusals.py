@@ -78,14 +78,14 @@ DAMAGE = {
         r"\(12, 16\).*found.*\(24, 8\)",
     ),
     "missing view": (lambda f: (f / "view-001.npy").unlink(), "view-001.npy' cannot be read: No such file"),
-    "no card": (lambda f: (f / "tokens.json").write_text("<html>"), "tokens.json': the whole file: Invalid JSON"),
+    "no card": (lambda f: (f / "tokens.json").write_text("<html>"), "tokens.json': the whole: wanted JSON"),
     "former version": (
         lambda f: (f / "tokens.json").write_text((f / "tokens.json").read_text().replace('"format": 3', '"format": 2')),
         "tokens.json' has format 2, wanted 3; make the tokens again",
     ),
     "no version": (
         lambda f: (f / "tokens.json").write_text((f / "tokens.json").read_text().replace('"format"', '"formed"')),
-        "tokens.json': format: Field required",
+        "tokens.json': format is not there",
     ),
     "flipped card": (
         lambda f: (f / "tokens.json").write_text((f / "tokens.json").read_text().replace('"seed": 0', '"seed": 4')),
