@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.memory import saved_bytes, without_memory
 from benchmarks.predictions import CHIPS
 from benchmarks.results import Row
+from benchmarks.step.drawn import draw_inputs
 from benchmarks.step.rates import VOCAB_SIZE, model_flops, work_of
-from benchmarks.step.sources import draw_inputs
 from benchmarks.step.variants import VARIANTS, Case
 from fastbeit.config.pretrain import Config
 from fastbeit.engine.adamw import clip_and_step

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.step.drawn import NUM_BATCHES, Source, drawn
 from benchmarks.step.rates import VOCAB_SIZE
-from benchmarks.step.sources import NUM_BATCHES, Source, drawn
 from fastbeit.config.pretrain import Config
 from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.batch import Batch

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.results import Row, first_line
+from benchmarks.step.drawn import draw_inputs
 from benchmarks.step.rates import VOCAB_SIZE
-from benchmarks.step.sources import draw_inputs
 from benchmarks.step.variants import VARIANTS, Case
 from fastbeit.config.pretrain import Config
 from fastbeit.engine.ranks import World

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.step.drawn import Source
 from benchmarks.step.rates import VOCAB_SIZE
-from benchmarks.step.sources import Source
 from fastbeit.config.pretrain import Config
 from fastbeit.cores import num_cores
 from fastbeit.data.batch import Batch

@@ -13,8 +13,9 @@ from benchmarks.card import cuda_laps, host_laps
 from benchmarks.predictions import chip_of
 from benchmarks.results import Row
 from benchmarks.sdpa import SdpaChoices
+from benchmarks.step.drawn import Source
 from benchmarks.step.rates import VOCAB_SIZE, work_of
-from benchmarks.step.sources import SOURCES, Source
+from benchmarks.step.sources import SOURCES
 from benchmarks.step.variants import Case
 from fastbeit.config.pretrain import Config
 from fastbeit.engine.cards import peak_of
