@@ -39,7 +39,7 @@ def _one_message(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     except ValidationError:
         found = None
     if found is None or (isinstance(found, tuple) and found[0] >= found[1]):
-        raise ValueError(f"wanted high_byte, image, or [low, high] within 0 to 65535; got {value!r}")
+        raise ValueError(f"wanted high_byte, image, or [low, high] within 0 to 65535; got {value!r:.80}")
     return found
 
 

@@ -172,7 +172,7 @@ def test_the_command_imports_a_codebook(tmp_path, capsys):
     ids = load_tokenizer(tmp_path / "dvae").encode(image)
     assert_nearest(ids, naive_patches(image, 4, CHW), load_file(path)["codebook"])
     write_codebook(path, None, codebook=torch.rand(30, 48))
-    assert main(["tokenizer", "import", str(path), "-o", str(tmp_path / "dvae")]) == CHECKPOINT_UNUSABLE
+    assert main(["tokenizer", "import", str(path), "-o", str(tmp_path / "other")]) == CHECKPOINT_UNUSABLE
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -91,8 +91,8 @@ DAMAGE = {
         lambda f: (f / "tokens.json").write_text((f / "tokens.json").read_text().replace('"seed": 0', '"seed": 4')),
         "tokens.json' is damaged: it differs from its own checksum",
     ),
-    "nulls": (lambda f: (f / "tokens.json").write_bytes(bytes(900)), "tokens.json': the whole file: Invalid JSON"),
-    "deep card": (lambda f: (f / "tokens.json").write_bytes(b"[" * 200_000), "tokens.json': the whole file"),
+    "nulls": (lambda f: (f / "tokens.json").write_bytes(bytes(900)), "tokens.json': the whole: wanted JSON"),
+    "deep card": (lambda f: (f / "tokens.json").write_bytes(b"[" * 200_000), "tokens.json': the whole: wanted JSON"),
     "flipped token": (
         lambda f: edit(f / "view-001.npy", -2, b"\x01"),
         "view-001.npy' is damaged: the MiB of tokens from",
