@@ -1,7 +1,10 @@
 """Files that are whole or not there, and their hashes."""
 
+import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -34,6 +37,29 @@ def put_in_place(path: Path) -> None:
     sync(aside(path))
     share(aside(path))
     os.replace(aside(path), path)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when the context ends well, and is gone when it does not.
+
+    What a killed process left is replaced by the next one. `path` must not be there, or be empty.
+    """
+    folder = aside(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for file in folder.iterdir():
+            share(file)
+            sync(file)
+        sync(folder)
+        if path.exists():
+            path.rmdir()
+        folder.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def share(path: Path) -> None:
