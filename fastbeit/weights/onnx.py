@@ -48,7 +48,7 @@ class Exported(VisionTransformer):
 
     @property
     def output(self) -> str:
-        has_head = self.predicts_patches or self.get_submodule("head") is not None
+        has_head = self.predicts_patches or self._modules["head"] is not None
         return "logits" if has_head else "last_hidden_state"
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:

@@ -71,7 +71,7 @@ def arguments(tensors: dict[str, Tensor], model: ModelConfig, image_size: Size) 
     if model.absolute_position:
         args["use_abs_pos_emb"] = True
     if shape not in ARCHITECTURES or not model.layer_scale:
-        args["init_values"] = model.layer_scale or None
+        args["init_values"] = model.layer_scale  # 0: none; None they would take for "not given"
     return ARCHITECTURES.get(shape, ANY), args
 
 

@@ -29,7 +29,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def pretrained(seed: int = 0, side: int = SIDE, **fields: Any) -> Beit:
     torch.manual_seed(seed)
     model = Beit(
-        ModelConfig(**SMALL | fields), image_size=(side, side), num_outputs=WORDS, mean=HALF, std=HALF, kernels=Kernels()
+        ModelConfig(**SMALL | fields),
+        image_size=(side, side),
+        num_outputs=WORDS,
+        mean=HALF,
+        std=HALF,
+        kernels=Kernels(),
     )
     randomise(model)
     return model
@@ -40,7 +45,12 @@ def finetuned(pooling: str = "mean", seed: int = 0, side: int = SIDE, **fields: 
     weights = pretrained(seed, side, **{"relative_position": "per_block"} | fields).state_dict()
     kept = {name: one for name, one in weights.items() if not name.startswith(("mask_token", "lm_head.", "norm."))}
     norm = "fc_norm" if pooling == "mean" else "norm"
-    sizes = {f"{norm}.weight": [WIDTH], f"{norm}.bias": [WIDTH], "head.weight": [CLASSES, WIDTH], "head.bias": [CLASSES]}
+    sizes = {
+        f"{norm}.weight": [WIDTH],
+        f"{norm}.bias": [WIDTH],
+        "head.weight": [CLASSES, WIDTH],
+        "head.bias": [CLASSES],
+    }
     return kept | {name: torch.randn(size) for name, size in sizes.items()}
 
 
@@ -104,6 +114,11 @@ def images(batch: int = 2, side: int = SIDE) -> Tensor:
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
+def save(value: Any, path: Path, format: str = "zip") -> Path:
+    torch.save(value, path, _use_new_zipfile_serialization=format == "zip")
+    return path
+
+
 def trainers_file(weights: dict[str, Tensor], path: Path, wrapper: str = "model", **more: Any) -> Path:
     """As the authors' trainer writes it: settings, an optimizer with NumPy's numbers, a loss scale."""
     parameter = torch.nn.Parameter(torch.randn(3))
@@ -118,5 +133,4 @@ def trainers_file(weights: dict[str, Tensor], path: Path, wrapper: str = "model"
         "scaler": {"scale": 65536.0, "growth_tracker": 7},
         "args": Namespace(output_dir="out", device="cuda", betas=None, lr=np.float32(0.5), sizes=(14, 14), gpu=0),
     }
-    torch.save(content | more, path)
-    return path
+    return save(content | more, path)

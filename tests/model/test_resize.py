@@ -82,8 +82,7 @@ def test_axes_are_resized_apart(old, new):
     values = np.random.default_rng(0).standard_normal(before)
     resized = resize_table(table_of(values), old, new)[:-3, 0].reshape(*after)
     points = [
-        np.arange(-(a // 2), a // 2 + 1) if a == b else resize._places(a, b)
-        for a, b in zip(before, after, strict=True)
+        np.arange(-(a // 2), a // 2 + 1) if a == b else resize._places(a, b) for a, b in zip(before, after, strict=True)
     ]
     if 1 in before:
         wanted = scipys(np.repeat(values, 2, axis=1), points[0], np.array([-1, 1]), (after[0], 1))
