@@ -18,7 +18,7 @@ from fastbeit.weights.pickles import Malformed, shown
 Shapes = dict[str, tuple[int, ...]]
 HEAD_WIDTH = 64  # of every model of the paper and of those that it is compared with
 # no model comes near these; a hostile file does not get to say how large ours is
-MAX_WIDTH, MAX_DEPTH = 1 << 14, 256
+MAX_WIDTH, MAX_DEPTH, MAX_PATCHES = 1 << 14, 256, 1 << 12
 # what may be missing, for a job makes it anew: name, and sizes in width and number of outputs
 HEADS = {
     "mask_token": lambda width, _: (1, 1, width),
@@ -48,6 +48,8 @@ def infer(shapes: Shapes, hints: Hints) -> tuple[ModelConfig, Size]:
     if not 1 <= depth <= MAX_DEPTH or not 1 <= width <= MAX_WIDTH:
         raise Malformed(f"is of {depth} blocks of width {width}; up to {MAX_DEPTH} of {MAX_WIDTH} are read")
     grid, heads = _grid(shapes, hints, patch), _heads(shapes, hints, width)
+    if not 1 <= grid[0] * grid[1] <= MAX_PATCHES:
+        raise Malformed(f"is for images of {grid[0]}x{grid[1]} patches; from 1 to {MAX_PATCHES} in all are read")
     kind = "shared" if SHARED_TABLE in shapes else "per_block" if f"blocks.0.{BLOCK_TABLE}" in shapes else "none"
     scale = hints.layer_scale or (0.1 if depth <= 12 else 1e-5)  # where training began, in the paper
     try:

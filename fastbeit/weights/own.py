@@ -99,13 +99,17 @@ def _load(folder: Path) -> dict[str, Tensor]:
 def _read_checkpoint(checkpoint: Path) -> Own:
     weights, config = load_model(checkpoint), load_state(checkpoint).get("config", {})
     data: dict[str, Any] = config.get("data", {})
+    model: dict[str, Any] = config.get("model", {})
+    if not {"width", "depth", "num_heads"} <= model.keys():
+        raise Malformed(f"is a checkpoint ({checkpoint.name}) of something else than a vision transformer")
     left_out = {name: "the moving average; the weights that it follows are taken" for name in weights if PREFIX in name}
     left_out |= {name: "follows from the grid" for name in weights if name.endswith(INDEX)}
     tensors = {name: tensor for name, tensor in weights.items() if name not in left_out}
     try:
         card = Card(
             format=FORMAT,
-            model=ModelConfig.model_validate(config.get("model")),
+            # a job may have more settings of its model than those of the encoder
+            model=ModelConfig.model_validate({key: model[key] for key in ModelConfig.model_fields if key in model}),
             image_size=data.get("image_size", ()),
             mean=data.get("mean"),
             std=data.get("std"),
@@ -118,8 +122,11 @@ def _read_checkpoint(checkpoint: Path) -> Own:
                 left_out=left_out,
             ),
         )
-    except ValidationError:
-        raise Malformed(f"is a checkpoint ({checkpoint.name}) of something else than a vision transformer") from None
+    except ValidationError as err:
+        first = err.errors()[0]
+        raise Malformed(
+            f"is a checkpoint ({checkpoint.name}) whose state.json cannot be read: {first['loc']}: {first['msg']}"
+        ) from None
     return Own(tensors, card)
 
 

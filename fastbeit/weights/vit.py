@@ -66,9 +66,7 @@ def translate(names: Iterable[str]) -> Names:
         own = name.removeprefix(prefix)
         if own.startswith(("dist_token", "head_dist.")):
             raise Malformed(DISTILLED)
-        reason = reason_for(own, INSIDE)
-        if not name.startswith(prefix) or (prefix.endswith("backbone.") and name == own):
-            reason = reason_for(name, OUTSIDE) or reason
+        reason = reason_for(own, INSIDE if name.startswith(prefix) else OUTSIDE)
         if own.startswith("pre_logits."):
             reason = "a layer before the classifier, which BEiT has not"
         if own.startswith("head.") and any(prefix + "pre_logits." in other for other in names):

@@ -45,12 +45,9 @@ def finetuned(pooling: str = "mean", seed: int = 0, side: int = SIDE, **fields: 
     weights = pretrained(seed, side, **{"relative_position": "per_block"} | fields).state_dict()
     kept = {name: one for name, one in weights.items() if not name.startswith(("mask_token", "lm_head.", "norm."))}
     norm = "fc_norm" if pooling == "mean" else "norm"
-    sizes = {
-        f"{norm}.weight": [WIDTH],
-        f"{norm}.bias": [WIDTH],
-        "head.weight": [CLASSES, WIDTH],
-        "head.bias": [CLASSES],
-    }
+    width = weights["cls_token"].shape[2]
+    sizes = {f"{norm}.weight": [width], f"{norm}.bias": [width]}
+    sizes |= {"head.weight": [CLASSES, width], "head.bias": [CLASSES]}
     return kept | {name: torch.randn(size) for name, size in sizes.items()}
 
 

@@ -1,5 +1,7 @@
 """Another resolution: the authors' resize of tables, bicubic positions, a table for each block."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ def places(side: int, q: float) -> np.ndarray:
 
 def scipys(values: np.ndarray, down: np.ndarray, across: np.ndarray, new: tuple[int, int]) -> np.ndarray:
     """What scipy's interp2d gave, which was removed; this equals it to rounding."""
-    spline = RectBivariateSpline(down, across, values, kx=min(3, len(down) - 1), ky=min(3, len(across) - 1), s=0)
+    spline: Any = RectBivariateSpline(down, across, values, kx=min(3, len(down) - 1), ky=min(3, len(across) - 1), s=0)
     return spline(*(np.arange(-(side // 2), side // 2 + 1) for side in new))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastbeit.cli import main
 from fastbeit.config.sections import ModelConfig
 from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, RunError, WeightsError
+from fastbeit.train.checkpoint import save_checkpoint
 from fastbeit.weights import own
 from fastbeit.weights.dialect import Hints
 from fastbeit.weights.inference import check, infer, with_indices
@@ -277,6 +278,10 @@ BAD = {
         lambda w: {k: v[:-1] if k.endswith("bias_table") else v for k, v in w.items()},
         "a table of 48 offsets, from which no square grid follows",
     ),
+    "patches by the million": (
+        lambda w: {k: torch.zeros(1999**2 + 3, 2) if k.endswith("bias_table") else v for k, v in w.items()},
+        "images of 1000x1000 patches; from 1 to 4096",
+    ),
     "a head of another width": (more("head.weight", 7, 64), r"has head.weight \[7, 64\], and \[7, 128\] is wanted"),
     "NaN": (mended("blocks.0.norm1.weight", float("nan")), "blocks.0.norm1.weight holds NaN or infinity"),
     "another order of offsets": (
@@ -389,6 +394,14 @@ def test_a_conversion_that_was_damaged_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(WeightsError, match="damaged or replaced; convert again"):
         read_model(folder)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    """As that of a tokenizer's training."""
+    state = {"config": {"model": {"n_hid": 8}, "data": {}}}
+    save_checkpoint(tmp_path / "checkpoints", 3, {"x": torch.zeros(1)}, {}, state, keep=1)
+    with pytest.raises(WeightsError, match="of something else than a vision transformer"):
+        read_model(tmp_path)
 
 
 def test_a_folder_that_is_in_use_stays(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """timm loads what is exported and computes the same (`make test-timm`, in an environment of its own)."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from helpers.weights import randomise
 
 timm = pytest.importorskip("timm", reason="`make test-timm` has it")
 pytestmark = pytest.mark.timm
-TOLERANCE = dict(atol=1e-5, rtol=1e-5)
-SIZES = dict(img_size=SIDE, patch_size=8, embed_dim=128, depth=2)
+TOLERANCE: dict[str, Any] = dict(atol=1e-5, rtol=1e-5)
+SIZES: dict[str, Any] = dict(img_size=SIDE, patch_size=8, embed_dim=128, depth=2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -53,7 +54,7 @@ def test_a_pre_trained_encoder_gives_the_same_features(tmp_path, variant):
 def test_the_papers_models_are_theirs_by_name(size):
     """Names and shapes, at 224: what is exported is what their model has, no more and no less."""
     width, depth, heads = {"base": (768, 12, 12), "large": (1024, 24, 16)}[size]
-    fields = dict(width=width, depth=depth, num_heads=heads, mlp_width=4 * width, patch_size=(16, 16))
+    fields: dict[str, Any] = dict(width=width, depth=depth, num_heads=heads, mlp_width=4 * width, patch_size=(16, 16))
     with torch.device("meta"):
         theirs = timm.create_model(f"beit_{size}_patch16_224", num_classes=dialects.CLASSES).state_dict()
         mine = dialects.without_index(finetuned(side=224, **fields))
