@@ -29,18 +29,26 @@ def export(path: Path, to: str, out: Path) -> str:
     if to == "onnx":
         onnx.check_installed()
     found = read_model(path)
+    dropped = _left_out(found, to)
     try:
         with whole_folder(out) as folder:
             use = _write(found, to, folder)
-            (folder / "README.md").write_text(model_card(found, to, path, use))
+            (folder / "README.md").write_text(model_card(found, to, path, use, dropped))
             written = ", ".join(sorted(file.name for file in folder.iterdir()))
     except Malformed as err:
         raise WeightsError(f"'{path}' {err}") from None
     except (OSError, SafetensorError) as err:
         raise RunError(f"'{out}' cannot be written: {err}", CANNOT_WRITE) from err
-    dropped = [name for name in ("mask_token", "lm_head.weight") if to == "timm" and name in found.tensors]
-    note = f"\nleft out, for timm has no place for them: {', '.join(dropped)}" if dropped else ""
+    note = f"\nleft out, for it has no place there: {', '.join(dropped)}" if dropped else ""
     return f"{out}: {written}; {out / 'README.md'} says how to load it{note}"
+
+
+def _left_out(found: ModelWeights, to: str) -> list[str]:
+    """What the others' models have no place for; of two norms, that after the mean pooling is the one that is used."""
+    absent = timm.ABSENT if to == "timm" else ()
+    if "fc_norm.weight" in found.tensors and to != "unilm":
+        absent += ("norm.",)
+    return [name for name in found.tensors if name.startswith(absent)]
 
 
 def _write(found: ModelWeights, to: str, folder: Path) -> dict[str, str]:

@@ -31,12 +31,13 @@ OF_THE_MACHINE = ("step", "images_per_s", "data_wait", "skipped", "bad_", "agree
 LIBRARIES = {"timm": "timm", "hf": "transformers", "unilm": "pytorch", "onnx": "onnx"}
 
 
-def model_card(found: ModelWeights, to: str, path: Path, use: dict[str, str]) -> str:
+def model_card(found: ModelWeights, to: str, path: Path, use: dict[str, str], left_out: list[str]) -> str:
     """
     Args:
         to: a key of `USE`.
         path: of the weights; a run's settings and log are read too.
         use: what goes into the lines of `USE`.
+        left_out: tensors of ours that are not in the export.
     """
     state, lines = _run_of(path)
     config = state.get("config", {})
@@ -49,6 +50,7 @@ def model_card(found: ModelWeights, to: str, path: Path, use: dict[str, str]) ->
         _shape(found),
         f"## Use\n\nWith FOLDER in place of this folder's path:\n\n```python\n{USE[to].format(**use)}\n```",
         _pixels(found),
+        f"Left out: {', '.join(left_out)}." if left_out else "",
     ]
     if config:
         parts += [_recipe(config, state), _data(config, state), _tokenizer(config, state), _figures(lines)]

@@ -89,7 +89,8 @@ def test_hugging_faces_files_are_read(tmp_path, kind, layout, position):
     fields: dict[str, Any] = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
     fields |= dict(vocab_size=WORDS, num_labels=5, image_size=32, patch_size=8, layer_norm_eps=1e-6)
     positions = {"shared": "use_shared_relative_position_bias", "per_block": "use_relative_position_bias"}[position]
-    config = BeitConfig(**fields | {"use_mask_token": True, positions: True})
+    fields |= {"use_mask_token": True, positions: True}
+    config = BeitConfig(**fields)
     theirs = kind(config).eval().requires_grad_(False)
     randomise(theirs)
     if layout == "hub":
@@ -112,6 +113,22 @@ def test_hugging_faces_files_are_read(tmp_path, kind, layout, position):
         torch.testing.assert_close(ours(found)(images(), hidden()), wanted, **TOLERANCE)
     elif kind is BeitForImageClassification:
         torch.testing.assert_close(ours(found)(images()), theirs(images()).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("to", ["hf", "timm"])
+def test_of_two_norms_that_after_the_pooling_is_taken(tmp_path, capsys, to):
+    """A fine-tuning with mean pooling may have kept the norm of its pre-training, which it does not use."""
+    kept = {"norm.weight": torch.randn(128), "norm.bias": torch.randn(128)}
+    path = save({"model": finetuned() | kept}, tmp_path / "x.pth")
+    assert main(["export", str(path), "--to", to, "-o", str(tmp_path / "out")]) == 0
+    assert "left out, for it has no place there: norm.weight, norm.bias" in capsys.readouterr().out
+    assert "Left out: norm.weight, norm.bias" in (tmp_path / "out/README.md").read_text()
+    assert not read_model(tmp_path / "out").tensors.keys() & kept.keys()
+    if to == "hf":
+        found = ours(read_model(path))(images())
+        torch.testing.assert_close(
+            loaded(BeitForImageClassification, tmp_path / "out")(images()).logits, found, **TOLERANCE
+        )
 
 
 def test_both_layouts_are_told_apart_and_back():
