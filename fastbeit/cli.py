@@ -35,6 +35,9 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
                                                    beit_base_in1k, beit_large_in1k or demo
   fastbeit plan CONFIG --gpus N --gpu NAME         memory, hours, disk and cores that it will take, on any computer
   fastbeit report RUN                              pictures and the HTML page of a run
+  fastbeit convert FILE -o DIR                     weights of others: the authors', timm's, Hugging Face's, DeiT's
+  fastbeit export RUN --to timm|hf|unilm|onnx -o DIR
+                                                   a run for the loaders of others, with a model card
   fastbeit doctor [CONFIG] [key=value ...]         what of this machine a run can use, and whether each kernel is right
   fastbeit doctor --tune [CONFIG] [key=value ...]  and what is fastest on its card, which runs then take
 
@@ -369,6 +372,44 @@ def _report(args: list[str]) -> int:
     return report(options.run, options.output, max(1, options.crops))
 
 
+def _convert(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit convert",
+        description="Weights of any known kind, which is recognised, as safetensors under our names, with a card that "
+        "says where each tensor came from. Known are fastbeit's; BEiT of its authors, timm and Hugging Face; ViT and "
+        "DeiT by timm's names, DINO, MoCo v3, MAE. Nothing that a file says is run. More: docs/weights.md.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="file, directory with one, run or checkpoint")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--num-heads", type=int, metavar="N", help="where the file does not say; heads of 64 when not given"
+    )
+    options = parser.parse_args(args)
+
+    from fastbeit.jobs.convert import convert
+
+    print(convert(options.file, options.output, options.num_heads))
+    return DONE
+
+
+def _export(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fastbeit export",
+        description="A run's newest checkpoint, or whatever `fastbeit convert` reads, for the loaders of others: "
+        "timm and hf (safetensors, config, preprocessing), unilm (a pickle of weights, for its own programs), onnx "
+        "(wants pip install 'fastbeit[export]'). With a model card, README.md.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, checkpoint, file or directory of weights")
+    parser.add_argument("--to", choices=("timm", "hf", "unilm", "onnx"), required=True, help="whose loader")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write")
+    options = parser.parse_args(args)
+
+    from fastbeit.jobs.export import export
+
+    print(export(options.run, options.to, options.output))
+    return DONE
+
+
 def _demo(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit demo", description="Photos to pictures of what was learnt, in minutes, on a CPU."
@@ -420,5 +461,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": _pretrain,
     "plan": _plan,
     "report": _report,
+    "convert": _convert,
+    "export": _export,
     "doctor": _doctor,
 }

@@ -62,6 +62,13 @@ class TokenizerError(RunError):
         super().__init__(message, exit_code)
 
 
+class WeightsError(RunError):
+    """A model's weights cannot be used: damaged, of an unknown kind, or not all there (exit code 78)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, CHECKPOINT_UNUSABLE)
+
+
 class CacheError(RunError):
     """A cache of tokens cannot be used: damaged or not finished (exit code 78), or not there (66)."""
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,6 +105,28 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], str]:
         return records, ""
     more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
     return records, f"line {numbers[0]}{more} of '{path}' cannot be read: passed over"
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when the context ends well, and is gone when it does not.
+
+    What a killed process left is replaced by the next one. `path` must not be there, or be empty.
+    """
+    folder = aside(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for file in folder.iterdir():
+            share(file)
+            sync(file)
+        sync(folder)
+        if path.exists():
+            path.rmdir()
+        move_folder(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def share(path: Path) -> None:

@@ -25,6 +25,8 @@ JOBS = (
     "jobs.report.report",
     "jobs.doctor.doctor",
     "jobs.plan.plan",
+    "jobs.convert.convert",
+    "jobs.export.export",
     "weights.download.fetch_tokenizer",
 )
 
@@ -33,7 +35,8 @@ def commands(text: str, program: str) -> list[str]:
     return re.findall(rf"^    ({program} .*)$", text, re.M)
 
 
-TYPED = [*commands(IMAGENET, "fastbeit"), *commands((ROOT / "README.md").read_text(), "fastbeit")]
+DOCUMENTS = "docs/imagenet.md", "docs/weights.md", "README.md"
+TYPED = [command for name in DOCUMENTS for command in commands((ROOT / name).read_text(), "fastbeit")]
 
 
 def test_there_are_commands_to_parse():

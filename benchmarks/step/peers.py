@@ -62,10 +62,11 @@ class Task:
 
 
 def huggingface(task: Task) -> Loss:
-    from benchmarks.huggingface import build_huggingface, to_huggingface
+    from benchmarks.huggingface import build_huggingface
+    from fastbeit.weights.huggingface import rename
 
     theirs = build_huggingface(task.config.model, task.config.data.image_size[0], VOCAB_SIZE)
-    theirs.load_state_dict(to_huggingface(task.model.state_dict()))
+    theirs.load_state_dict(rename(task.model.state_dict(), "memory"))
     return lambda: theirs(task.pixels(), task.masked, labels=task.words).loss
 
 

@@ -21,8 +21,14 @@ DTYPES = {
     "torch.FloatStorage": torch.float32,
     "torch.HalfStorage": torch.float16,
     "torch.BFloat16Storage": torch.bfloat16,
+    "torch.DoubleStorage": torch.float64,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
 }
 CLASSES = {
+    "argparse.Namespace",  # the settings of a trainer, beside its weights
     "dall_e.encoder.Encoder",
     "dall_e.encoder.EncoderBlock",
     "dall_e.decoder.Decoder",
@@ -220,7 +226,7 @@ STEPS: dict[str, Callable[[Machine], None]] = {
 
 def _allowed(name: str) -> Name:
     if name.startswith("torch.") and name.endswith("Storage") and name not in DTYPES:
-        raise Malformed(f"wants values of {shown(name)}; weights of a tokenizer are of {', '.join(DTYPES)}: refused")
+        raise Malformed(f"wants values of {shown(name)}; weights are of {', '.join(DTYPES)}: refused")
     if name not in CLASSES and name not in CALLS and name not in DTYPES:
         raise Malformed(f"wants {shown(name)}: refused, nothing was run")
     return Name(name)
@@ -269,7 +275,12 @@ def _ordered_dict(args: tuple) -> dict:
 
 
 def _ignored(args: tuple) -> None:
-    """Of no use here: on which device a layer was, which hooks it had."""
+    """Of no use here: on which device a layer was, which hooks it had, how far a schedule was."""
+
+
+def _dtype(args: tuple) -> dict:
+    """Of a number of NumPy, which is not read; a dict, for it is then given a state."""
+    return {}
 
 
 CALLS: dict[str, Callable[[tuple], Any]] = {
@@ -280,6 +291,11 @@ CALLS: dict[str, Callable[[tuple], Any]] = {
     "torch.device": _ignored,
     "builtins.set": _ignored,
     "__builtin__.set": _ignored,
+    # learning rates of a trainer's optimizer
+    "numpy.dtype": _dtype,
+    "numpy.core.multiarray.scalar": _ignored,
+    "numpy._core.multiarray.scalar": _ignored,
+    "_codecs.encode": _ignored,
 }
 
 

@@ -33,6 +33,7 @@ from fastbeit.weights.torchfile import named_tensors, open_torch
 
 Shapes = dict[str, tuple[int, ...]]
 FIRST, FLAVAS_FIRST = "blocks.input.w", "blocks.input.weight"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # no release comes near these; a hostile file does not get to say how large our nets are
 LARGEST = {"group_count": 8, "n_blk_per_group": 16, "num_layers": 8} | dict.fromkeys(("n_hid", "hidden_dim"), 4096)
 
@@ -120,6 +121,12 @@ def read_released(path: Path) -> Released:
 def _read(path: Path) -> Released:
     file = open_torch(path)
     specs = _without_prefix(_by_openais_names(named_tensors(file.value)))
+    for key, spec in specs.items():
+        if spec.storage.dtype not in DTYPES:
+            raise Malformed(
+                f"holds {shown(key)} of {spec.storage.dtype}; weights of a tokenizer are of "
+                f"{', '.join(map(str, DTYPES))}: no such release"
+            )
     kind, nets = recognise({key: spec.shape for key, spec in specs.items()})
     wanted = {key: tuple(value.shape) for net in nets.values() for key, value in net.state_dict().items()}
     for key in wanted | specs:

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.huggingface import build_huggingface, to_huggingface
+from benchmarks.huggingface import build_huggingface
 from fastbeit.config.sections import Kernels, MaskingConfig, ModelConfig
 from fastbeit.masking import UNUSED, MaskRule, draw, label
 from fastbeit.model.beit import Beit
+from fastbeit.weights.huggingface import rename
 from fastbeit_kernels.backend import INTERPRETED
 from helpers.weights import randomise
 
@@ -137,7 +138,7 @@ def test_equal_to_huggingface(variant: str, num_masked: int, attention: Any):
     model = build(**SMALL, **VARIANTS[variant], kernels=Kernels(attention=attention))
     randomise(model)
     oracle = build_huggingface(ModelConfig(**SMALL, **VARIANTS[variant]), 224, 8192)
-    weights = to_huggingface(model.state_dict())
+    weights = rename(model.state_dict(), "memory")
     assert weights.keys() == oracle.state_dict().keys()
     oracle.load_state_dict(weights)
     images, prediction = inputs(num_masked=num_masked)
@@ -162,7 +163,7 @@ def test_equal_to_huggingface(variant: str, num_masked: int, attention: Any):
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(slots[used], expected[prediction.masked] if num_masked else expected.flatten(0, 1))
     torch.testing.assert_close(loss, oracle_loss.detach(), atol=1e-5, rtol=0)
-    ours, theirs = to_huggingface(gradients(model)), gradients(oracle)
+    ours, theirs = rename(gradients(model), "memory"), gradients(oracle)
     assert ours.keys() == theirs.keys()
     for name in theirs:
         error = ours[name] - theirs[name]

@@ -189,8 +189,8 @@ CHANGES = {
     "others": (lambda t: (t.clear(), t.update(fc=torch.ones(2))), "found fc"),
     "NaN": (lambda t: t.update({LAST: t[LAST] * torch.nan}), "conv.w holds NaN or infinity"),
     "no tensor": (lambda t: t.update({LAST: [1.0]}), "a tensor under blocks.output.conv.w, found list"),
-    "float64": (lambda t: t.update({LAST: t[LAST].double()}), "values of torch.DoubleStorage; .* torch.FloatStorage"),
-    "int64": (lambda t: t.update({LAST: t[LAST].long()}), "values of torch.LongStorage"),
+    "float64": (lambda t: t.update({LAST: t[LAST].double()}), "of torch.float64; .* torch.float32, "),
+    "int64": (lambda t: t.update({LAST: t[LAST].long()}), "of torch.int64; "),
 }
 
 
