@@ -56,7 +56,10 @@ def _path(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"wanted a path in UTF-8; got {text!r}") from None
-    return os.path.expanduser(text)
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"there is no user {text.split('/')[0][1:]!r}; a folder of that name is ./{text}")
+    return path
 
 
 MOST = 10**9  # of anything that is counted: what is larger is a slip of the finger

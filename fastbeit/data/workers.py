@@ -159,7 +159,7 @@ def _death(workers: Sequence[BaseProcess]) -> RunError | None:
         if code:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
             return WorkerError(
-                f"a data worker {how}: most likely memory ran out; take fewer data.num_workers, or give the job more"
+                f"a data worker {how}: most likely memory ran out; take fewer workers, or give the job more memory"
             )
     return None
 
@@ -174,7 +174,7 @@ def _no_handing_over(why: object) -> RunError:
         found, remedy = "data workers may open too few files", "raise `ulimit -n`"
     else:
         found, remedy = "/dev/shm is too small for the batches of data workers", "--shm-size=8g for a container"
-    return RunError(f"{found}: {remedy}, or set data.num_workers=0 ({told})", CANNOT_WRITE)
+    return RunError(f"{found}: {remedy}, or take no workers (data.num_workers=0) ({told})", CANNOT_WRITE)
 
 
 def _begin_worker(parent: int, worker: int) -> None:

@@ -125,8 +125,8 @@ def start_world(engine: EngineConfig) -> World:
     except (ValueError, RuntimeError) as err:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunError(
-            f"rank {rank} does not find the {size - 1} others at MASTER_ADDR:MASTER_PORT {where}: "
-            f"{str(err).splitlines()[0]}; is the port taken, or a rank not started?",
+            f"the ranks do not meet at MASTER_ADDR:MASTER_PORT {where}: {str(err).splitlines()[0]}; "
+            "is the port taken, or a rank not started?",
             USAGE,
         ) from None
     assert isinstance(host_group, dist.ProcessGroup)  # of all ranks, so this one is in it
@@ -145,14 +145,15 @@ def _place(env: Mapping[str, str]) -> tuple[int, int, int] | None:
             found = f"{name} is {'empty' if name in env else 'not set'}"
             others = "".join(f", but {other}={env[other]} is" for other in given if other != name)
             raise RunError(f"{found}{others}; {launched}", USAGE)
+    _number(env, "MASTER_PORT", 0, 1 << 16, "65536")
     size = _number(env, "WORLD_SIZE", 1)
-    return _number(env, "RANK", 0, size), size, _number(env, "LOCAL_RANK", 0)
+    return _number(env, "RANK", 0, size, f"WORLD_SIZE={size}"), size, _number(env, "LOCAL_RANK", 0)
 
 
-def _number(env: Mapping[str, str], name: str, least: int, end: int | None = None) -> int:
+def _number(env: Mapping[str, str], name: str, least: int, end: int | None = None, called: str = "") -> int:
     text = env.get(name, str(least))
     if not text.isdecimal() or int(text) < least or (end is not None and int(text) >= end):
-        wanted = f"a number from {least} on" if end is None else f"a number below WORLD_SIZE={end}"
+        wanted = f"a number from {least} on" if end is None else f"a number below {called}"
         raise RunError(f"{name}='{text}', wanted {wanted}; launchers set it", USAGE)
     return int(text)
 

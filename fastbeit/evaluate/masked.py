@@ -18,6 +18,7 @@ from fastbeit.data.batch import Batch
 from fastbeit.data.index.reader import Index
 from fastbeit.data.loader import make_loader
 from fastbeit.engine.ranks import World
+from fastbeit.errors import RunError
 from fastbeit.model.beit import Beit
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.quality import word_usage
@@ -75,26 +76,34 @@ def evaluate(
 
     Raises:
         StopWanted: a rank was asked to stop before the end; on all ranks.
+        RunError: the images are gone (66), or none is valid; on all ranks.
     """
     token_size = tokenizer.view_size(config.grid) if tokenizer else None
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     histogram = torch.zeros(tokenizer.vocab_size if tokenizer else 0, dtype=torch.int64, device=world.device)
     num_predicted, seed = 0, held_out_seed(config)
     rule = replace(masking.rule_of(config), seed=seed)
-    with contextlib.suppress(StopWanted), stop.interrupts():
-        for batch in batches_of(config, index, world, num_crops, token_size, seed):
-            samples = batch.epoch.to(world.device), batch.sample.to(world.device)
-            slots = masking.draw(rule, *samples)
-            tokens = visual_tokens(tokenizer, batch, world.device)
-            labels = masking.label(slots, None if tokens is None else tokens.gather(1, slots.predict_idx))
-            loss_sum, num_correct = model(batch.images.to(world.device), slots.masked, slots.predict_idx, labels)
-            sums += torch.stack([loss_sum.double(), num_correct.double()])
-            num_predicted += int((labels != masking.UNUSED).sum())
-            if tokens is not None:
-                histogram += torch.bincount(tokens.flatten(), minlength=len(histogram))
-    stops, loss, correct, count, *words = world.sum([stop.wanted, *sums.tolist(), num_predicted, *histogram.tolist()])
-    if stops:
+    error = None
+    try:
+        with contextlib.suppress(StopWanted), stop.interrupts():
+            for batch in batches_of(config, index, world, num_crops, token_size, seed):
+                samples = batch.epoch.to(world.device), batch.sample.to(world.device)
+                slots = masking.draw(rule, *samples)
+                tokens = visual_tokens(tokenizer, batch, world.device)
+                labels = masking.label(slots, None if tokens is None else tokens.gather(1, slots.predict_idx))
+                loss_sum, num_correct = model(batch.images.to(world.device), slots.masked, slots.predict_idx, labels)
+                sums += torch.stack([loss_sum.double(), num_correct.double()])
+                num_predicted += int((labels != masking.UNUSED).sum())
+                if tokens is not None:
+                    histogram += torch.bincount(tokens.flatten(), minlength=len(histogram))
+    except RunError as err:
+        error = err
+    now = world.agree(stop=stop.wanted, save=False, bad=[], error=error)
+    if now.error:
+        raise now.error
+    if now.stops:
         raise StopWanted
+    loss, correct, count, *words = world.sum([*sums.tolist(), num_predicted, *histogram.tolist()])
     return Evaluation(loss / max(count, 1), correct / max(count, 1), int(count), torch.tensor(words).long())
 
 

@@ -15,7 +15,7 @@ from fastbeit.data.index.checked import checked_path, write_checked
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.progress import Progress
 from fastbeit.data.workers import load_items
-from fastbeit.errors import CANNOT_CREATE, DATA_LIMIT, DONE, BadImage, RunError, WorkerError
+from fastbeit.errors import CANNOT_CREATE, DATA_LIMIT, DONE, BadImage, RunError, WorkerError, writing
 from fastbeit.files import aside, put_in_place
 from fastbeit.plural import counted
 from fastbeit.train.stop import Stop, StopWanted
@@ -44,19 +44,18 @@ def check_index(path: Path, num_workers: int) -> int:
     began, num_bad = time.perf_counter(), 0
     mean_grey = np.full(len(index), np.nan)
     try:
-        with aside(listed).open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for part, found in _look_at_all(index, num_workers):
-                mean_grey[part.start : part.stop] = found.mean_grey
-                # repr, since a name may hold anything
-                file.writelines(f"{index.name(i)!r}: {reason}\n" for i, reason in found.bad)
-                num_bad += len(found.bad)
-        write_checked(index, mean_grey)
-        if num_bad:
-            put_in_place(listed)
-        else:
-            listed.unlink(missing_ok=True)
-    except OSError as err:
-        raise RunError(f"what was found cannot be written beside the index: {err}", CANNOT_CREATE) from None
+        with writing(f"what was found, '{listed}',", exit_code=CANNOT_CREATE):
+            with aside(listed).open("w", encoding="utf-8", errors="backslashreplace") as file:
+                for part, found in _look_at_all(index, num_workers):
+                    mean_grey[part.start : part.stop] = found.mean_grey
+                    # repr, since a name may hold anything
+                    file.writelines(f"{index.name(i)!r}: {reason}\n" for i, reason in found.bad)
+                    num_bad += len(found.bad)
+            write_checked(index, mean_grey)
+            if num_bad:
+                put_in_place(listed)
+            else:
+                listed.unlink(missing_ok=True)
     finally:
         for left in (listed, checked_path(path)):
             aside(left).unlink(missing_ok=True)

@@ -17,9 +17,6 @@ def index(source: Path, output: Path, division: Division | None = None) -> int:
     """
     summary = build_index(source, output, division=division)
     print(summary)
-    # what was checked of an earlier index says nothing of this one, even where it is the same: a file may be repaired
-    for path in summary.written:
-        checked_path(path).unlink(missing_ok=True)
     listed = output.with_name(output.name + ".skipped")
     with writing(f"'{listed}'"):
         # what was checked of an earlier index says nothing of this one, even where it is the same: a file may be

@@ -34,8 +34,8 @@ from fastbeit.engine.memory import (
     shared_further,
 )
 from fastbeit.engine.work import step_flops, tokenizer_flops
-from fastbeit.errors import CANNOT_WRITE, ConfigError, RunError
-from fastbeit.files import aside, put_in_place
+from fastbeit.errors import ConfigError, writing
+from fastbeit.files import write_whole
 from fastbeit.plural import counted
 
 DVAE = Architecture()  # OpenAI's, of the paper
@@ -129,12 +129,9 @@ def plan(config: Config, machine: Machine, json_file: Path | None) -> str:
     """
     found = make_plan(config, machine)
     if json_file:
-        try:
+        with writing(f"'{json_file}'"):
             json_file.parent.mkdir(parents=True, exist_ok=True)
-            aside(json_file).write_text(json.dumps(asdict(found), indent=1) + "\n")
-            put_in_place(json_file)
-        except OSError as err:
-            raise RunError(f"cannot write '{json_file}': {err.strerror or err}", CANNOT_WRITE) from None
+            write_whole(json_file, json.dumps(asdict(found), indent=1) + "\n")
     return "\n".join([*_head(found), *_memory(found), *_time(found), *_data(found)])
 
 

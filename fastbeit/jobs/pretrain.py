@@ -193,9 +193,9 @@ def _before(folder: Path) -> Before | None:
     """What the checkpoint that will be gone on from says of its kernels; the loop opens it again, and verifies it."""
     try:
         last, _ = find_checkpoint(folder)
-    except RunError:  # none is usable, which the loop says on all ranks
+        return Before(last.name, load_state(last).get("kernels")) if last else None
+    except (RunError, OSError):  # none is usable, or another run has just removed it: the loop says so on all ranks
         return None
-    return Before(last.name, load_state(last).get("kernels")) if last else None
 
 
 def _how(config: Config, device: torch.device) -> str:

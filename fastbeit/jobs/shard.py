@@ -168,12 +168,19 @@ def _index_of(source: Path, out: Path, levels: Levels) -> Index:
     """Made once: what came to the source since the job began is not looked for."""
     if is_index(source):
         return open_index(source, levels)
-    if not (out / SCANNED).exists():
-        summary = build_index(source, out / SCANNED)
-        print(summary)
-        with writing(f"'{out / SKIPPED}'"):
-            write_skipped(out / SKIPPED, summary.skipped)
-    return open_index(out / SCANNED, levels)
+    if (out / SCANNED).exists():
+        return open_index(out / SCANNED, levels)
+    summary = build_index(source, out / SCANNED)
+    print(summary)
+    try:
+        index = open_index(out / SCANNED, levels)
+    except RunError:
+        # a start that is refused leaves nothing
+        (out / SCANNED).unlink()
+        raise
+    with writing(f"'{out / SKIPPED}'"):
+        write_skipped(out / SKIPPED, summary.skipped)
+    return index
 
 
 def _make(index: Index, out: Path, card: Shards, num_workers: int, stop: Stop) -> Shards:

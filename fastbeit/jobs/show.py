@@ -5,6 +5,7 @@ patch view under its mask. Images, crops and masks are those of a run of the sam
 """
 
 import contextlib
+import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import Plans
 from fastbeit.data.sampling import JITTER_OPS
 from fastbeit.engine.ranks import World, device_of
-from fastbeit.errors import CANNOT_WRITE, ConfigError, RunError
+from fastbeit.errors import ConfigError, writing
 from fastbeit.evaluate.pictures import hide
-from fastbeit.files import aside, put_in_place
+from fastbeit.files import write_whole
 from fastbeit.plural import counted
 from fastbeit.tokenizer.source import open_token_source
 from fastbeit.train.pipeline import settle_pipeline
@@ -89,12 +90,11 @@ def show(config: Config, output: Path, num_images: int) -> str:
     if seen.token_images is None:
         head += f"; no token view is made: visual tokens {source}"
     sheet = draw_sheet(config, index, seen, head)
-    try:
+    drawn = io.BytesIO()
+    sheet.save(drawn, "PNG")
+    with writing(f"'{output}'"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(aside(output), "PNG")
-        put_in_place(output)
-    except OSError as err:
-        raise RunError(f"cannot write '{output}': {err.strerror or err}", CANNOT_WRITE) from None
+        write_whole(output, drawn.getvalue())
     replaced = [f"replaced, a bad image: {reason}" for _, reason in seen.bad]
     return "\n".join([f"{output}: {head}", str(pipeline), *replaced, *warnings])
 

@@ -18,8 +18,8 @@ from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import KernelsConfig
 from fastbeit.engine.memory import expected_room, fewest, footprint
 from fastbeit.engine.protocol import compiles, compute_dtype
-from fastbeit.errors import CANNOT_CREATE, RunError
-from fastbeit.files import aside, put_in_place
+from fastbeit.errors import CANNOT_CREATE, writing
+from fastbeit.files import write_whole
 
 FORMAT = "fastbeit-tuned-1"
 UNUSABLE = OSError, ValueError, KeyError, TypeError, RecursionError  # what a table of any content raises
@@ -115,19 +115,16 @@ def write_table(path: Path, key: Key, choices: Choices, times_ms: dict[str, floa
         times_ms: what the choices were made from, for whoever looks.
 
     Raises:
-        RunError: the table cannot be written (73).
+        RunError: the table cannot be written (73; 74: the disk is full).
     """
     try:
         others = [entry for entry in _read(path) if entry["key"] != key]
     except UNUSABLE:
         others = []
     entries = [*others, {"key": key, "choices": choices, "times_ms": times_ms}]
-    try:
+    with writing(f"what was tuned, '{path}',", "set XDG_CACHE_HOME", CANNOT_CREATE):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside(path).write_text(json.dumps({"format": FORMAT, "entries": entries}, indent=1) + "\n")
-        put_in_place(path)
-    except OSError as err:
-        raise RunError(f"what was tuned cannot be kept in '{path}': {err}; set XDG_CACHE_HOME", CANNOT_CREATE) from None
+        write_whole(path, json.dumps({"format": FORMAT, "entries": entries}, indent=1) + "\n")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

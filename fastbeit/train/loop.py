@@ -128,8 +128,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     """Train until `task.num_steps`, or go on with a training that was interrupted.
 
     Raises:
-        RunError: no data, too many bad images, a loss that is not finite: on all ranks in the same step. No usable
-            checkpoint, a disk that is full, held-out images that are gone: on the ranks that notice it; a launcher ends
+        RunError: no data, too many bad images, held-out images that are gone, a loss that is not finite: on all ranks
+            in the same step. No usable checkpoint, a disk that is full: on the ranks that notice it; a launcher ends
             the others.
     """
     optim, began = task.optim, time.monotonic()
@@ -173,9 +173,19 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
         _say(log, task, meter, {"step": step, "epoch": step / task.epoch_steps, "lr": lr}, len(bad_samples))
         _stop_if_lost(meter, step, lr, saver.last_checkpoint)
 
+    lost: RunError | None = None  # what ended a look
+
+    def look_on(look: Look) -> None:
+        nonlocal lost
+        try:
+            _see(log, look, average.model or model, step, stop)
+        except RunError as err:
+            # told to all ranks with the next batch: no step that was taken is lost
+            lost = err
+
     def next_batch() -> Batch | None:
         try:
-            return feed.next(log.error or bad_samples.error)
+            return feed.next(lost or log.error or bad_samples.error)
         except RunError as err:
             # on all ranks in this step: no step that was taken is lost
             if step > saver.last_step:
@@ -208,7 +218,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
         for look in task.looks:
             # a kill between a checkpoint and the look at it has left none
             if step and _is_seen(look, step, task) and world.sum([log.lacks(step, look.name)])[0]:
-                _see(log, look, average.model or model, step, stop)
+                look_on(look)
         while step < task.num_steps and (batch := next_batch()):
             # ---- one step -------------------------------------------------------------------------------------------
             tensors, count = task.inputs(batch, step)
@@ -236,7 +246,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             # once in a while: look
             for look in task.looks:
                 if _is_seen(look, step, task):
-                    _see(log, look, average.model or model, step, stop)
+                    look_on(look)
         # the last look may have been cut short, too: it is made up for when the training is started again
         is_done = step == task.num_steps and not (task.looks and world.sum([stop.wanted])[0])
         if not is_done:
@@ -247,7 +257,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             how = f"at step {step} of {task.num_steps}, saved" if step else "before the first step"
             log.say(f"stopped {how}; to go on: {shlex.join(command)}")
 
-    if error := log.error or bad_samples.error:
+    if error := lost or log.error or bad_samples.error:
         raise error
     code = DONE if is_done else PREEMPTED
     kept = average.model or model

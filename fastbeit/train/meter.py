@@ -25,9 +25,8 @@ class Meter:
             flops_per_image: of a forward and backward; 0: not known.
         """
         self.world, self.batch_size, self.flops_per_image = world, batch_size, flops_per_image
-        self.skipped_in_a_row = self.num_empty = self.empty_in_a_row = (
-            0  # updates; steps that predicted nothing; as of the last `read`
-        )
+        # as of the last `read`: updates that were skipped, steps that predicted nothing
+        self.skipped_in_a_row = self.num_empty = self.empty_in_a_row = 0
         self._skipped = torch.zeros(2, device=world.device)  # updates skipped: in all, and in a row
         self._empty = torch.zeros(2, device=world.device)  # steps that predicted nothing: since `read`, and in a row
         self._clear()

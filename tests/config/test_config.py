@@ -245,6 +245,13 @@ def test_the_home_directory_is_expanded_in_all_paths(monkeypatch):
     assert {data.index, data.tokens, data.val_index, config.out, config.tokenizer.path} == {"/home/me/x"}
 
 
+def test_a_home_of_nobody_is_no_folder():
+    with pytest.raises(
+        ConfigError, match=r"out: .*there is no user 'nobody-of-this-name'; .* \./~nobody-of-this-name/x"
+    ):
+        configure(Config, ["out=~nobody-of-this-name/x"])
+
+
 def test_all_that_is_wrong_is_said_at_once(write):
     path = write("optim: {lrr: 1, batch_size: none}\nmodel: {width: 770}\ndata: {crop_scale: [1, 0.5], flip: 2}\n")
     with pytest.raises(ConfigError) as caught:

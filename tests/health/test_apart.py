@@ -7,7 +7,7 @@ import torch
 
 from fastbeit.config.pretrain import Config
 from fastbeit.health import apart
-from fastbeit.health.apart import look_at_all, names_of
+from fastbeit.health.apart import answers_apart, look_at_all, names_of
 
 CPU = torch.device("cpu")
 
@@ -29,6 +29,15 @@ def test_what_ends_its_process_is_named_and_what_comes_after_is_looked_at(apex):
     assert (broken.name, broken.state) == ("apex", "wrong")
     assert broken.why == "it ended the process with 7: libfoo is missing"
     assert [numpy.state, sdpa.name, sdpa.state] == ["runs", "attention sdpa", "runs"]
+
+
+def test_an_answer_that_is_cut_short_costs_itself_alone(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "torn.py").write_text(
+        "import os, sys; open(sys.argv[1], 'w').write('{\"a\": 1}\\n{\"a\": '); os._exit(9)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    found, why = answers_apart("torn", {}, CPU, 600)
+    assert found == [{"a": 1}] and why.startswith("it ended the process with 9")
 
 
 def test_what_hangs_is_named(apex, monkeypatch: pytest.MonkeyPatch):

@@ -173,7 +173,7 @@ def test_a_mistake_ends_in_one_line(args: list[str], message: str, capsys):
 def test_a_file_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["plan", BASE, "--gpus", "8", "--gpu", "h100", "--json", str(tmp_path / "file" / "plan.json")]) == 74
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_text_and_json_say_the_same_and_the_document_too(tmp_path, capsys):

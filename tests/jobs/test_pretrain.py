@@ -15,7 +15,7 @@ from fastbeit.config.read import load_config
 from fastbeit.config.sections import Kernels, KernelsConfig
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.plans import Plans
-from fastbeit.errors import ConfigError, RunError
+from fastbeit.errors import ConfigError, DataError, RunError
 from fastbeit.jobs.pretrain import pretrain
 from fastbeit.train.checkpoint import load_model, load_optimizer, resolve_checkpoint
 from fastbeit_kernels.backend import INTERPRETED
@@ -263,6 +263,21 @@ def test_a_stop_ends_a_look_after_the_checkpoint_and_it_is_made_up_for(train, pa
     assert "validation" not in log.read_text()
     assert train(**settings)[0] == 0
     assert "validation" in log.read_text()
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_held_out_images_that_are_gone_cost_no_step(train, parts, tmp_path, monkeypatch, at):
+    """Also where no checkpoint is due before they are looked at."""
+
+    def gone(*args):
+        raise DataError("the disk is gone")
+
+    monkeypatch.setattr("fastbeit.evaluate.masked.visual_tokens", gone)
+    settings = {"optim__steps": 4, "log__val_every": at, "data__val_index": parts["data.index"]}
+    with pytest.raises(RunError, match="the disk is gone") as caught:
+        train(**settings)
+    assert caught.value.exit_code == 66
+    assert resolve_checkpoint(tmp_path / "run").name == f"step-{at:06d}"
 
 
 def test_a_dead_reader_costs_no_step(parts, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from fastbeit.cli import main
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.index.scan import build_index
-from fastbeit.errors import RunError
+from fastbeit.errors import ConfigError, RunError
 from fastbeit.jobs import shard as sharding
 from helpers import photos
 from helpers.archived import write_tar
@@ -346,6 +346,17 @@ def test_damage_is_refused_by_name(many, tmp_path, capsys, damage, said):
     damage(tmp_path / "out")
     assert shards_of(many, tmp_path / "out", "--shard-mb", "1") == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_start_that_is_refused_leaves_nothing(many, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise ConfigError("12-bit data")
+
+    monkeypatch.setattr(sharding, "open_index", refuse)
+    settings = sharding.Settings(source=str(many), max_side=512, quality=90, shard_mb=1)
+    with pytest.raises(ConfigError):
+        sharding.shard(many, tmp_path / "out", settings, 1, ["fastbeit"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_is_full(many, tmp_path, monkeypatch):

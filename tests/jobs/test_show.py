@@ -206,7 +206,7 @@ def test_a_bad_image_is_replaced_as_in_training_and_named(parts, tmp_path, capsy
         (["data.tail=drop", "optim.batch_size=50"], 2, "batch_size 50 is more than the 12 images"),
         (["--images", "0"], 2, "at least one image"),
         (["-o", "sheet.jpg"], 2, "a name in .png; got 8 for 'sheet.jpg'"),
-        (["-o", "file/sheet.png"], 74, "cannot write 'file/sheet.png'"),
+        (["-o", "file/sheet.png"], 74, "'file/sheet.png' cannot be written"),
     ],
     ids=str,
 )

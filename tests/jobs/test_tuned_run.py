@@ -134,6 +134,7 @@ import json, os, sys
 from fastbeit.config.pretrain import Config
 from fastbeit.engine.ranks import start_world
 from fastbeit.model.kernels import chosen_kernels
+from fastbeit.process import leave
 from helpers.tiny import SETTINGS
 config = Config.model_validate(SETTINGS | {"engine": {"device": "cpu"}})
 world = start_world(config.engine)
@@ -144,6 +145,7 @@ for owner in range(2):
     said.append([found.config.kernels.model_dump(), found.lines, found.kept])
 print(json.dumps(said), file=open(sys.argv[1] + f"/rank{world.rank}", "w"))
 world.leave()
+leave(0)
 """
 
 

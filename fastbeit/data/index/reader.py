@@ -344,7 +344,8 @@ def _map_columns(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         metadata = header["__metadata__"]
         if metadata["format"] != FORMAT:
             raise DataError(
-                f"index '{path}' has format {metadata['format']}, wanted {FORMAT}; make it again: fastbeit index"
+                f"index '{path}' has format {metadata['format']}, wanted {FORMAT}; make it again: fastbeit index "
+                "(a run that was begun with it is finished by the fastbeit that began it)"
             )
         if int(metadata["header_sum"]) != header_sum(header):
             raise ValueError("its header is damaged")

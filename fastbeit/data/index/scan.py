@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from fastbeit.data.index.members import (
 from fastbeit.data.index.sources import Source, open_source
 from fastbeit.data.index.summary import Summary, sort_skipped
 from fastbeit.data.index.writer import Look, Rows, Table, make_table, write_index
-from fastbeit.errors import CANNOT_CREATE, BadImage, DataError, RunError
+from fastbeit.errors import CANNOT_CREATE, BadImage, DataError, writing
 from fastbeit.files import aside, try_to_write
 from fastbeit.plural import counted
 
@@ -88,7 +87,7 @@ def build_index(source: Path, output: Path, progress: bool = True, division: Div
     opened = open_source(source)
     rows, skipped = Rows(), opened.skipped
     outputs = division.outputs(output) if division else [output]
-    with _writing(output):
+    with writing(f"'{output}'", exit_code=CANNOT_CREATE):
         # not to find out after hours
         for path in outputs:
             try_to_write(path)
@@ -107,7 +106,7 @@ def build_index(source: Path, output: Path, progress: bool = True, division: Div
         if division:
             held_out = hold_out(whole, division.share, division.seed)
             parts = [whole.select(~held_out), whole.select(held_out)]
-        with _writing(output):
+        with writing(f"'{output}'", exit_code=CANNOT_CREATE):
             output.parent.mkdir(parents=True, exist_ok=True)
             # a kill between the two leaves one that is missing, not one that overlaps with the other
             for path in outputs[1:]:
@@ -125,14 +124,6 @@ def _summary(table: Table, skipped: list[Reason], written: dict[Path, int]) -> S
     wide = np.flatnonzero(high)
     levels = (int(low[wide].min()), int(high[wide].max())) if len(wide) else (0, 0)
     return Summary(len(table), len(table.class_names), sort_skipped(skipped), len(wide), levels, written)
-
-
-@contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        raise RunError(f"'{output}' cannot be written: {err.strerror or err}", CANNOT_CREATE) from None
 
 
 def _examine_all(source: Source, progress: bool) -> Iterator[Part]:

@@ -65,7 +65,8 @@ class Summary:
 def write_skipped(path: Path, skipped: list[Reason]) -> None:
     """Whole or not at all; `OSError`."""
     # repr, since a name may hold anything
-    write_whole(path, "".join(f"{name!r}: {reason}\n" for name, reason in skipped))
+    text = "".join(f"{name!r}: {reason}\n" for name, reason in skipped)
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def sort_skipped(skipped: list[Reason]) -> list[Reason]:

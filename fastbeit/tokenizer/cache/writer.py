@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbeit.checksums import block_sums
 from fastbeit.errors import CANNOT_WRITE, USAGE, CacheError, RunError
-from fastbeit.files import aside, put_in_place, sha256, sync_open, write_whole
+from fastbeit.files import append_line, aside, put_in_place, sha256, sync, sync_open, write_whole
 from fastbeit.tokenizer.cache.reader import (
     BAD_SAMPLES,
     CARD,
@@ -194,10 +194,5 @@ def _write_at(path: Path, start: int, data: memoryview) -> None:
 
 
 def _append_line(path: Path, line: str) -> None:
-    """After the line that a kill cut short there is a new one."""
-    with path.open("a+b") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        torn = file.read() not in (b"", b"\n")
-        file.write(b"\n" * torn + line.encode() + b"\n")
-        file.flush()
-        sync_open(file)
+    append_line(path, line)
+    sync(path)

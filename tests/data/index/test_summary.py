@@ -26,7 +26,7 @@ def test_skipped_files_are_grouped_and_likely_images_come_first(tmp_path, capsys
     (data / ".DS_Store").write_bytes(b"x")
     assert index(data, tmp_path / "images.idx") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "1 images, 65 files skipped:"
+    assert said[0] == "1 image, 65 files skipped:"
     assert said[1:9] == [
         "  likely images:",
         "    30 x .heic: not an image that is read, such as '00.HEIC'",
