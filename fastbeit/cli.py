@@ -379,8 +379,8 @@ def _convert(args: list[str]) -> int:
         "says where each tensor came from. Known are fastbeit's; BEiT of its authors, timm and Hugging Face; ViT and "
         "DeiT by timm's names, DINO, MoCo v3, MAE. Nothing that a file says is run. More: docs/weights.md.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="file, directory with one, run or checkpoint")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("file", type=_path, metavar="FILE", help="file, directory with one, run or checkpoint")
+    parser.add_argument("-o", "--output", type=_path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
         "--num-heads", type=int, metavar="N", help="where the file does not say; heads of 64 when not given"
     )
@@ -399,9 +399,11 @@ def _export(args: list[str]) -> int:
         "timm and hf (safetensors, config, preprocessing), unilm (a pickle of weights, for its own programs), onnx "
         "(wants pip install 'fastbeit[export]'). With a model card, README.md.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, checkpoint, file or directory of weights")
+    parser.add_argument(
+        "run", type=_path, metavar="RUN", help="run directory, checkpoint, file or directory of weights"
+    )
     parser.add_argument("--to", choices=("timm", "hf", "unilm", "onnx"), required=True, help="whose loader")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("-o", "--output", type=_path, required=True, metavar="DIR", help="directory to write")
     options = parser.parse_args(args)
 
     from fastbeit.jobs.export import export
