@@ -1,6 +1,7 @@
 """A run takes what was tuned for it, says so, and keeps it: here by a table for the CPU, which no command writes."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ def test_rank_0_decides_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_table(table_path(), key_of(Config.model_validate(SETTINGS), 32, 2, CPU), CHOICES, {})
     (tmp_path / "choose.py").write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = finished([*torchrun, str(tmp_path / "choose.py"), str(tmp_path)])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = finished([*torchrun, str(tmp_path / "choose.py"), str(tmp_path)], env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     one, other = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
     assert one == other
