@@ -13,7 +13,7 @@ from fastbeit.data.decode import decode, read_header
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.errors import DATA_MISSING, USAGE, BadImage, RunError, writing
-from fastbeit.files import aside, make_folder, unmake
+from fastbeit.files import aside, make_folder, move_folder, unmake
 
 FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "sporco": "data"}
 # photographs only: no drawings, no text, no masks; the two views of one motorcycle stand on one side
@@ -58,7 +58,7 @@ def gather_photos(folder: Path, source: Path | None) -> tuple[int, int]:
                 for photo, target in _own(source, unfinished) if source else _packaged(unfinished):
                     photo.save(target, "JPEG", quality=95)
                 (unfinished / note.name).write_text(wanted)
-                unfinished.rename(folder)
+                move_folder(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
             unmake(made)

@@ -70,6 +70,7 @@ def train_tokenizer(
                     _finish(task, outcome, out, command)
             except StopWanted:
                 code = PREEMPTED
+                print(f"stopped while the tokenizer was judged; to go on: {shlex.join(command)}", file=sys.stderr)
     world.leave()
     return code
 

@@ -4,6 +4,7 @@ The card says of what kind the tokenizer is and how large; the tensors follow fr
 other names, `NAME.safetensors` and `NAME.json`, goes by the first of them: the bundled tokenizer is such a pair.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -96,6 +97,9 @@ def save_tokenizer(
         put_in_place(weights)
         put_in_place(card_file)
     except (OSError, SafetensorError) as err:
+        for left in (weights, card_file):
+            with contextlib.suppress(OSError):
+                aside(left).unlink(missing_ok=True)
         raise RunError(f"tokenizer cannot be written to '{path}': {err}", CANNOT_WRITE) from err
 
 

@@ -42,6 +42,17 @@ class Names(NamedTuple):
     left_out: dict[str, str]  # to the reason
 
 
+def sorted_out(names: Iterable[str], reason: Callable[[str], str | None], ours: Callable[[str], str]) -> Names:
+    """Each name to ours, or left out where there is a reason."""
+    found = Names({}, {})
+    for name in names:
+        if why := reason(name):
+            found.left_out[name] = why
+        else:
+            found.used[name] = ours(name)
+    return found
+
+
 class Dialect(NamedTuple):
     name: str
     translate: Callable[[Iterable[str]], Names]

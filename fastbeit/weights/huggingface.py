@@ -23,6 +23,7 @@ from fastbeit.weights.dialect import (
     pair,
     positive,
     reason_for,
+    sorted_out,
     split,
 )
 from fastbeit.weights.pickles import Malformed, shown
@@ -74,13 +75,7 @@ def fits(names: Iterable[str]) -> bool:
 
 
 def translate(names: Iterable[str]) -> Names:
-    found = Names({}, {})
-    for name in names:
-        if reason := reason_for(name, LEFT_OUT):
-            found.left_out[name] = reason
-        else:
-            found.used[name] = to_ours(name)
-    return found
+    return sorted_out(names, lambda name: reason_for(name, LEFT_OUT), to_ours)
 
 
 def to_ours(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastbeit.weights.dialect import HALF, Dialect, Hints, Names, reason_for, under_prefix
+from fastbeit.weights.dialect import HALF, Dialect, Hints, Names, reason_for, sorted_out, under_prefix
 from fastbeit.weights.source import Source
 
 FILE = "model.pth"
@@ -31,17 +31,13 @@ def fits(names: Iterable[str]) -> bool:
 def translate(names: Iterable[str]) -> Names:
     names = list(names)
     prefix = under_prefix(names, "patch_embed.proj.weight", PREFIXES)
-    found = Names({}, {})
-    for name in names:
-        own = name.removeprefix(prefix)
-        reason = reason_for(name, SEGMENTATION) or reason_for(own, SEGMENTATION)
-        if own.endswith(INDEX):
-            reason = INDEX_REASON
-        if reason:
-            found.left_out[name] = reason
-        else:
-            found.used[name] = own
-    return found
+
+    def reason(name: str) -> str | None:
+        if name.endswith(INDEX):
+            return INDEX_REASON
+        return reason_for(name, SEGMENTATION) or reason_for(name.removeprefix(prefix), SEGMENTATION)
+
+    return sorted_out(names, reason, lambda name: name.removeprefix(prefix))
 
 
 def _hints(source: Source) -> Hints:

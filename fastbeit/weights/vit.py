@@ -20,6 +20,7 @@ from fastbeit.weights.dialect import (
     pair,
     positive,
     reason_for,
+    sorted_out,
     under_prefix,
 )
 from fastbeit.weights.pickles import Malformed
@@ -61,21 +62,19 @@ def recognise(source: Source) -> Dialect:
 def translate(names: Iterable[str]) -> Names:
     names = list(names)
     prefix = under_prefix(names, "patch_embed.proj.weight", PREFIXES, preferred="base_encoder.")
-    found = Names({}, {})
-    for name in names:
+    has_pre_logits = any(prefix + "pre_logits." in name for name in names)
+
+    def reason(name: str) -> str | None:
         own = name.removeprefix(prefix)
         if own.startswith(("dist_token", "head_dist.")):
             raise Malformed(DISTILLED)
-        reason = reason_for(own, INSIDE if name.startswith(prefix) else OUTSIDE)
         if own.startswith("pre_logits."):
-            reason = "a layer before the classifier, which BEiT has not"
-        if own.startswith("head.") and any(prefix + "pre_logits." in other for other in names):
-            reason = PRE_LOGITS
-        if reason:
-            found.left_out[name] = reason
-        else:
-            found.used[name] = own
-    return found
+            return "a layer before the classifier, which BEiT has not"
+        if own.startswith("head.") and has_pre_logits:
+            return PRE_LOGITS
+        return reason_for(own, INSIDE if name.startswith(prefix) else OUTSIDE)
+
+    return sorted_out(names, reason, lambda name: name.removeprefix(prefix))
 
 
 def _theirs(name: str) -> str:

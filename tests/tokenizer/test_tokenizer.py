@@ -238,3 +238,13 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(RunError, match="cannot be written") as err:
         save_tokenizer(tmp_path / "file", Encoder(TINY))
     assert err.value.exit_code == CANNOT_WRITE
+
+
+def test_a_disk_that_fills_up_leaves_no_parts(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastbeit.tokenizer.disk.put_in_place", full)
+    with pytest.raises(RunError, match="No space left"):
+        save_tokenizer(tmp_path, Encoder(TINY))
+    assert not list(tmp_path.iterdir())
