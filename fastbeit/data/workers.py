@@ -47,7 +47,9 @@ class _Answers(Dataset):
         except RunError as err:
             return err
         except Exception as err:
-            return _no_handing_over(err)
+            if _is_of_handing_over(err):
+                return _no_handing_over(err)
+            return RunError(f"what a data worker made cannot be handed over: {err!r}; please report it")
 
 
 def _made(items: Dataset, key: Any) -> Any:
@@ -165,7 +167,8 @@ def _death(workers: Sequence[BaseProcess]) -> RunError | None:
 
 
 def _is_of_handing_over(err: Exception) -> bool:
-    return any(words in str(err) for words in ("shared memory", "Too many open files"))
+    # "/torch_": how PyTorch names its files of shared memory, where the error has no other words for it
+    return any(words in str(err) for words in ("shared memory", "/torch_", "Too many open files"))
 
 
 def _no_handing_over(why: object) -> RunError:

@@ -104,6 +104,11 @@ def test_no_shared_memory_is_said_and_not_waited_for():
     assert caught.value.exit_code == 74
 
 
+def test_what_cannot_be_handed_over_is_said():
+    with pytest.raises(RunError, match=r"^what a data worker made cannot be handed over: .*; please report it$"):
+        next(items(lambda key: lambda: key))
+
+
 def test_too_few_files_are_said():
     def many(key):
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
