@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     RAND_AUGMENT = 6
     ERASE_BOX = 7
     ERASE_NOISE = 8
+    MIX = 9
 
 
 def philox(seed: int, draw, purpose, epoch, sample) -> np.ndarray:
