@@ -1,8 +1,22 @@
-"""How images are augmented for fine-tuning."""
+"""One fine-tuning: the sections it is made of, and whether they fit together.
+
+Defaults are those of BEiT-B on ImageNet-1k at 224 x 224 (arXiv 2106.08254, Table 13, and the authors' code)."""
+
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fastbeit.config.sections import Fraction, Section
+from fastbeit.config.sections import (
+    Count,
+    DataConfig,
+    EngineConfig,
+    Fraction,
+    KernelsConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    Section,
+)
 
 
 class AugmentConfig(Section):
@@ -12,3 +26,72 @@ class AugmentConfig(Section):
     magnitude: float = Field(default=9.0, ge=0, le=10, description="mean magnitude of an operation, of at most 10")
     magnitude_std: float = Field(default=0.5, ge=0, description="standard deviation of the magnitude")
     erase: Fraction = Field(default=0.25, description="probability that a box of a view is filled with noise")
+    repeats: Count = Field(
+        default=1,
+        description="copies of an image in a batch, each augmented anew (Repeated Augmentation, 1901.09335); an epoch "
+        "stays as long and shows so many times fewer images. The paper: 3 for B, 1 for L",
+    )
+    mixup: float = Field(default=0.8, ge=0, description="Mixup's alpha; 0: no Mixup")
+    cutmix: float = Field(default=1.0, ge=0, description="CutMix's alpha; 0: no CutMix")
+    mix_prob: Fraction = Field(default=1.0, description="probability that the images of a step are mixed")
+    cutmix_share: Fraction = Field(default=0.5, description="how often it is CutMix, where both are on")
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="label smoothing: share of the target that all classes have in common"
+    )
+
+
+class ClassifierConfig(ModelConfig):
+    """The ViT that is fine-tuned; where it starts from pre-trained weights, their sizes."""
+
+    relative_position: Literal["shared", "per_block", "none"] = Field(
+        default="per_block", description="as in pre-training; a shared table of pre-training is copied to each block"
+    )
+    pooling: Literal["mean", "cls"] = Field(
+        default="mean", description="an image's feature: the mean over its patches, or the cls token"
+    )
+
+
+class FinetuneOptimConfig(OptimConfig):
+    """AdamW with a rate of its own for each block (Table 13)."""
+
+    batch_size: Count = Field(default=1024, description="images a step, over all ranks and micro-batches")
+    epochs: int = Field(default=100, ge=0, description="passes over the images; ignored when steps > 0")
+    lr: float = Field(default=4e-3, ge=0, description="peak learning rate, of the head")
+    min_lr: float = Field(default=1e-6, ge=0, description="learning rate at the end")
+    warmup_epochs: int = Field(
+        default=20, ge=0, description="epochs of linear warmup from 0; ignored when warmup_steps > 0"
+    )
+    clip_grad: float = Field(default=0.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.65, description="each block learns so many times as fast as the one above it"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="of averaged weights, which are evaluated and kept in place of the last; null: none"
+    )
+
+
+class FinetuneLogConfig(LogConfig):
+    """The same, and how often held-out images are classified."""
+
+    val_every: int = Field(default=0, ge=0, description="steps between validations; 0: after each epoch")
+
+
+class FinetuneConfig(Section):
+    """One fine-tuning; without `init` it trains from scratch."""
+
+    out: str = Field(
+        default="", description="run directory: config, log, checkpoints; the same again continues the run"
+    )
+    init: str = Field(
+        default="",
+        description="pre-trained weights: a run, a checkpoint, or a file of another program; empty: from scratch",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run comes from it")
+    profile: bool = Field(default=False, description="write a torch.profiler trace of a few steps to out/profile.json")
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ClassifierConfig = ClassifierConfig()
+    optim: FinetuneOptimConfig = FinetuneOptimConfig()
+    engine: EngineConfig = EngineConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    log: FinetuneLogConfig = FinetuneLogConfig()

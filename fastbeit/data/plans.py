@@ -47,6 +47,7 @@ class Plans:
     seed: int
     rank: int
     world_size: int
+    repeats: int = 1  # copies of an image, each with an epoch number of its own, so that it is augmented anew
 
     def __post_init__(self) -> None:
         steps_per_epoch(len(self.index), self.batch_size, self.data.tail)
@@ -58,11 +59,12 @@ class Plans:
         epochs, places = places_at(step, len(self.index), self.batch_size, self.data.tail)
         share = self.batch_size // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        epochs, places = epochs[mine], places[mine]
+        epochs, (places, copies) = epochs[mine], np.divmod(places[mine], self.repeats)
         samples = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             samples[chosen] = rows_at(self.seed, int(epoch), places[chosen], len(self.index), self.index.block_rows)
+        epochs = epochs * self.repeats + copies
         return Drawn(samples, epochs, self.augment(samples, epochs))
 
     def augment(self, sample: np.ndarray, epoch: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     ERASE_BOX = 7
     ERASE_NOISE = 8
     HOLD_OUT = 9
+    MIX = 10
 
 
 def philox(seed: int, draw, purpose, epoch, sample) -> np.ndarray:

@@ -9,7 +9,7 @@ that owns it (ZeRO-3), no forward draws a random number (drop path comes as an a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,10 @@ INIT_STD = 0.02
 
 
 class PatchProjection(nn.Module):
-    """A convolution whose stride is its kernel, together with all that makes tokens of its output: `masked_embed`."""
+    """A convolution whose stride is its kernel, together with all that makes tokens of its output: `masked_embed`.
+
+    Of images that are normalised, and mixed perhaps, and of which nothing is hidden, the convolution alone.
+    """
 
     def __init__(self, width: int, patch_size: Size, backend: Backend) -> None:
         super().__init__()
@@ -34,7 +37,9 @@ class PatchProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, 3, *patch_size))
         self.bias = nn.Parameter(torch.empty(width))
 
-    def forward(self, images: Tensor, masked: Tensor, **tokens_and_pixels: Any) -> Tensor:
+    def forward(self, images: Tensor, masked: Tensor | None = None, **tokens_and_pixels: Any) -> Tensor:
+        if masked is None:
+            return F.linear(patchify(images, self.weight.shape[2:]), self.weight.flatten(1), self.bias)
         return masked_embed(images, masked, self.weight, self.bias, **tokens_and_pixels, backend=self.backend)
 
 
@@ -59,8 +64,12 @@ class PatchEmbedding(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """[B, height, width, 3] uint8 to [B, N, P] float32: pixels / 255, less the mean, over the deviation."""
+        return patchify(self.pixels(images), self.patch_size)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """[B, height, width, 3] uint8 to the same in float32, normalised."""
         self._check(images)
-        return patchify((images.float() / 255 - self.mean) / self.std, self.patch_size)
+        return (images.float() / 255 - self.mean) / self.std
 
     def forward(
         self, images: Tensor, masked: Tensor, cls_token: Tensor, mask_token: Tensor, positions: Tensor | None
@@ -215,8 +224,8 @@ class VisionTransformer(nn.Module):
             block.compile_whole()
 
     @torch.no_grad()
-    def initialise(self) -> None:
-        """The authors' start of pre-training: weights normal, cut at one deviation; biases and tables zero.
+    def initialise(self, fill: Callable[[Tensor, float], Any] = cut_normal_) -> None:
+        """The authors' start: weights normal, in pre-training cut at one deviation; biases and tables zero.
 
         What writes to the residual stream is divided by sqrt(2 * i) in block i, counted from 1 (section 2.5).
         """
@@ -224,7 +233,7 @@ class VisionTransformer(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim > 1 and not name.endswith("relative_position_bias_table"):
-                cut_normal_(parameter, INIT_STD)
+                fill(parameter, INIT_STD)
         blocks = (module for module in self.modules() if isinstance(module, Block))
         for i, block in enumerate(blocks, start=1):
             block.attn.proj.weight.div_(math.sqrt(2 * i))

@@ -8,20 +8,37 @@ from torch import nn
 from fastbeit.config.sections import OptimConfig
 
 NO_DECAY_TOKENS = ("cls_token", "pos_embed")  # the mask token, the bias table and the head do decay, as officially
+STEM = ("cls_token", "mask_token", "pos_embed", "patch_embed")  # what is below the blocks
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Split the parameters in two: no decay for vectors, biases, cls token and positions; decay for the rest."""
-    still, decayed = [], []
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Split the parameters: no weight decay for vectors, biases, cls token and positions; decay for the rest.
+
+    Args:
+        layer_decay: each block learns so many times as fast as the one above it; what is below the blocks as one block
+            more, what is above them at the full rate. `scale` of a group says how fast.
+    """
+    top = len(getattr(model, "blocks", ())) + 1
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_still = parameter.ndim == 1 or name.endswith(".bias") or name in NO_DECAY_TOKENS
-        (still if is_still else decayed).append(parameter)
-    return [{"params": still, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+        groups.setdefault((layer_decay ** (top - _layer_of(name, top)), not is_still), []).append(parameter)
+    return [
+        {"params": groups[scale, decays], "weight_decay": weight_decay if decays else 0.0, "scale": scale}
+        for scale, decays in sorted(groups)
+    ]
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+def _layer_of(name: str, top: int) -> int:
+    first, *rest = name.split(".")
+    if first == "blocks":
+        return int(rest[0]) + 1
+    return 0 if first in STEM else top
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig, layer_decay: float = 1.0) -> torch.optim.AdamW:
     """AdamW whose one kernel also clips and skips: see `clip_and_step`."""
-    groups = parameter_groups(model, optim.weight_decay)
+    groups = parameter_groups(model, optim.weight_decay, layer_decay)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
@@ -40,4 +57,4 @@ def learning_rate(step: int, num_steps: int, num_warmup: int, optim: OptimConfig
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
