@@ -18,6 +18,7 @@ FLOORS = (
     {"weights"},
     {"evaluate"},
     {"jobs"},
+    {"verbs"},
     {"cli"},
     {"__main__"},
 )

@@ -2,7 +2,7 @@
 
 Defaults are those of BEiT-B on ImageNet-1k at 224 x 224 (arXiv 2106.08254, Table 13, and the authors' code)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -78,6 +78,8 @@ class FinetuneLogConfig(LogConfig):
 
 class FinetuneConfig(Section):
     """One fine-tuning; without `init` it trains from scratch."""
+
+    folder: ClassVar[str] = "finetune"
 
     out: str = Field(
         default="", description="run directory: config, log, checkpoints; the same again continues the run"

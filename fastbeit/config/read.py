@@ -30,13 +30,13 @@ NO_CONFIGS = {
 }
 
 
-def load_config(path: str | Path, overrides: list[str]) -> Config:
-    """Read a YAML file of at most 1 MB with the keys of `Config`, and lay overrides over it; see `configure`.
+def load_config(path: str | Path, overrides: list[str], model: type[S] = Config) -> S:
+    """Read a YAML file of at most 1 MB with the keys of a job, and lay overrides over it; see `configure`.
 
     Args:
         path: the file, or the name of one that comes with fastbeit, such as beit_base_in1k.
     """
-    return configure(Config, overrides, _read_yaml(_config_file(str(path))))
+    return configure(model, overrides, _read_yaml(_config_file(str(path), model)))
 
 
 def as_saved(model: type[S], values: dict[str, Any]) -> S:
@@ -175,20 +175,20 @@ def save_config(config: Section, path: Path) -> None:
     write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def shipped_configs() -> dict[str, Path]:
-    """The configs that come with fastbeit, by name: in the package when it is installed, beside it in a clone."""
+def shipped_configs(model: type[Section] = Config) -> dict[str, Path]:
+    """A job's configs that come with fastbeit, by name: in the package when it is installed, beside it in a clone."""
     package = Path(__file__).parent.parent
     folders = [folder / "configs" for folder in (package, package.parent)]
-    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+    folder = next((folder for folder in folders if folder.is_dir()), folders[0]) / model.folder
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _config_file(given: str) -> Path:
+def _config_file(given: str, model: type[Section]) -> Path:
     """
     Raises:
         ConfigError: there is no such file, or it is something else; the message says what.
     """
-    path, shipped = Path(os.path.expanduser(given)), shipped_configs()
+    path, shipped = Path(os.path.expanduser(given)), shipped_configs(model)
     try:
         if path.is_file() and path.suffix in (".yaml", ".yml", ""):
             return path

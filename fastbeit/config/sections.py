@@ -84,6 +84,7 @@ LEVELS: Any = Field(
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     renamed: ClassVar[dict[str, str]] = {}  # keys of earlier versions, dotted: what they are called now
+    folder: ClassVar[str] = ""  # in configs/, of those of a job
     earlier: ClassVar[dict[str, Any]] = {}  # new keys, dotted: what was done before, where that is not their default
 
 
