@@ -11,7 +11,7 @@ from fastbeit.errors import DONE, USAGE, RunError
 from fastbeit.process import keep_outputs_harmless, leave
 from fastbeit.verbs.data import data_verb, index_verb, shard_verb, tokenize_verb
 from fastbeit.verbs.tokenizer import tokenizer_verb
-from fastbeit.verbs.training import demo_verb, doctor_verb, plan_verb, pretrain_verb, report_verb
+from fastbeit.verbs.training import demo_verb, doctor_verb, finetune_verb, plan_verb, pretrain_verb, report_verb
 from fastbeit.verbs.weights import convert_verb, export_verb
 
 HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
@@ -28,6 +28,8 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit data show CONFIG [-o sheet.png]         a picture of what training sees: crops, token views, masks
   fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues. CONFIG: a YAML file, or
                                                    beit_base_in1k, beit_large_in1k or demo
+  fastbeit finetune CONFIG init=RUN [key=value ...]
+                                                   classify labelled images, from a pre-training or from scratch
   fastbeit plan CONFIG --gpus N --gpu NAME         memory, hours, disk and cores that it will take, on any computer
   fastbeit report RUN                              pictures and the HTML page of a run
   fastbeit convert FILE -o DIR                     weights of others: the authors', timm's, Hugging Face's, DeiT's
@@ -100,6 +102,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "tokenize": tokenize_verb,
     "data": data_verb,
     "pretrain": pretrain_verb,
+    "finetune": finetune_verb,
     "plan": plan_verb,
     "report": report_verb,
     "convert": convert_verb,

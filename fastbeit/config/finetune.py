@@ -4,8 +4,9 @@ Defaults are those of BEiT-B on ImageNet-1k at 224 x 224 (arXiv 2106.08254, Tabl
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import (
     Count,
     DataConfig,
@@ -15,7 +16,12 @@ from fastbeit.config.sections import (
     LogConfig,
     ModelConfig,
     OptimConfig,
+    PathText,
     Section,
+    Whole,
+    grid_of,
+    refuse,
+    sizes_that_do_not_fit,
 )
 
 
@@ -55,11 +61,11 @@ class FinetuneOptimConfig(OptimConfig):
     """AdamW with a rate of its own for each block (Table 13)."""
 
     batch_size: Count = Field(default=1024, description="images a step, over all ranks and micro-batches")
-    epochs: int = Field(default=100, ge=0, description="passes over the images; ignored when steps > 0")
+    epochs: Whole = Field(default=100, description="passes over the images; ignored when steps > 0")
     lr: float = Field(default=4e-3, ge=0, description="peak learning rate, of the head")
     min_lr: float = Field(default=1e-6, ge=0, description="learning rate at the end")
-    warmup_epochs: int = Field(
-        default=20, ge=0, description="epochs of linear warmup from 0; ignored when warmup_steps > 0"
+    warmup_epochs: Whole = Field(
+        default=20, description="epochs of linear warmup from 0; ignored when warmup_steps > 0"
     )
     clip_grad: float = Field(default=0.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -73,7 +79,9 @@ class FinetuneOptimConfig(OptimConfig):
 class FinetuneLogConfig(LogConfig):
     """The same, and how often held-out images are classified."""
 
-    val_every: int = Field(default=0, ge=0, description="steps between validations; 0: after each epoch")
+    val_every: Whole = Field(
+        default=0, description="steps between validations, each of a checkpoint; 0: after each epoch"
+    )
 
 
 class FinetuneConfig(Section):
@@ -81,10 +89,13 @@ class FinetuneConfig(Section):
 
     folder: ClassVar[str] = "finetune"
 
-    out: str = Field(
+    objective: ClassVar[Literal["classes"]] = "classes"
+    mask: ClassVar[Literal["none"]] = "none"
+
+    out: PathText = Field(
         default="", description="run directory: config, log, checkpoints; the same again continues the run"
     )
-    init: str = Field(
+    init: PathText = Field(
         default="",
         description="pre-trained weights: a run, a checkpoint, or a file of another program; empty: from scratch",
     )
@@ -97,3 +108,35 @@ class FinetuneConfig(Section):
     engine: EngineConfig = EngineConfig()
     kernels: KernelsConfig = KernelsConfig()
     log: FinetuneLogConfig = FinetuneLogConfig()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return grid_of(self.data, self.model)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens of an image that the last block goes on with after its attention: all."""
+        return self.num_patches + 1
+
+    @property
+    def num_predictions(self) -> int:
+        """Rows that an image has in the head."""
+        return 1
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "FinetuneConfig":
+        wrong = [*sizes_that_do_not_fit(self.data, self.model)]
+        if self.data.num_crops:
+            wrong.append(f"data.num_crops={self.data.num_crops}: fine-tuning draws ever new crops; leave it at 0")
+        if self.data.tokens:
+            wrong.append(f"data.tokens '{self.data.tokens}' holds visual tokens, and fine-tuning wants none")
+        refuse(wrong)
+        return self
+
+
+VitConfig = Config | FinetuneConfig  # of a training of the encoder

@@ -18,7 +18,9 @@ from fastbeit.config.sections import (
     PretrainLogConfig,
     Section,
     TokenizerConfig,
+    grid_of,
     refuse,
+    sizes_that_do_not_fit,
 )
 
 MAX_GRID = 32  # patches a side that `fastbeit_kernels.block_masks` holds in registers
@@ -54,8 +56,7 @@ class Config(Section):
     @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
-        (height, width), (patch_height, patch_width) = self.data.image_size, self.model.patch_size
-        return height // patch_height, width // patch_width
+        return grid_of(self.data, self.model)
 
     @property
     def num_patches(self) -> int:
@@ -67,25 +68,25 @@ class Config(Section):
         return self.num_patches if self.predict == "all" else self.num_masked
 
     @property
+    def num_predictions(self) -> int:
+        """Rows that an image has in the head."""
+        return self.num_slots
+
+    @property
     def num_masked(self) -> int:
         """Patches of an image that are masked, or may be."""
         return self.masking.num_masked_of(self.num_patches)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":
-        refuse([*self._sizes_that_do_not_fit(), *self._masks_that_do_not_fit(), *self._aims_that_do_not_fit()])
+        refuse(
+            [
+                *sizes_that_do_not_fit(self.data, self.model),
+                *self._masks_that_do_not_fit(),
+                *self._aims_that_do_not_fit(),
+            ]
+        )
         return self
-
-    def _sizes_that_do_not_fit(self) -> Iterator[str]:
-        axes: dict[tuple[int, int], list[str]] = {}
-        for size, patch, axis in zip(self.data.image_size, self.model.patch_size, ("height", "width"), strict=True):
-            axes.setdefault((size, patch), []).append(axis)
-        for (size, patch), names in axes.items():
-            if size % patch:
-                yield (
-                    f"data.image_size: {' and '.join(names)} {size} is not a multiple of model.patch_size {patch}; "
-                    f"try {max(patch, size // patch * patch)}"
-                )
 
     def _masks_that_do_not_fit(self) -> Iterator[str]:
         if self.mask == "none" or not self.num_patches:

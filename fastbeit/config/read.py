@@ -221,13 +221,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def explain_config(names: list[str], overrides: list[str]) -> int:
+def explain_config(verb: str, names: list[str], overrides: list[str], model: type[Section] = Config) -> int:
     """Every field with its default, or with the value that CONFIG gives it."""
-    print(
-        "fastbeit pretrain CONFIG [key=value ...]\n\nThe keys, for example optim.lr=1e-3 data.image_size=[224,224]:\n"
-    )
-    default = load_config(names[0], overrides) if names else configure(Config, overrides)
-    return explain_fields("fastbeit pretrain CONFIG", default)
+    print(f"fastbeit {verb} CONFIG [key=value ...]\n\nThe keys, for example optim.lr=1e-3 data.image_size=[224,224]:\n")
+    default = load_config(names[0], overrides, model) if names else configure(model, overrides)
+    return explain_fields(f"fastbeit {verb} CONFIG", default)
 
 
 def explain_fields(command: str, default: Any) -> int:

@@ -4,6 +4,7 @@ Defaults are those of BEiT-B on ImageNet-1k (arXiv 2106.08254, Table 12, and the
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -235,6 +236,24 @@ class ModelConfig(Section):
             fit = -(-self.width // self.num_heads) * self.num_heads
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}; try {fit}")
         return self
+
+
+def grid_of(data: DataConfig, model: ModelConfig) -> tuple[int, int]:
+    """Patches down and across."""
+    (height, width), (patch_height, patch_width) = data.image_size, model.patch_size
+    return height // patch_height, width // patch_width
+
+
+def sizes_that_do_not_fit(data: DataConfig, model: ModelConfig) -> Iterator[str]:
+    axes: dict[tuple[int, int], list[str]] = {}
+    for size, patch, axis in zip(data.image_size, model.patch_size, ("height", "width"), strict=True):
+        axes.setdefault((size, patch), []).append(axis)
+    for (size, patch), names in axes.items():
+        if size % patch:
+            yield (
+                f"data.image_size: {' and '.join(names)} {size} is not a multiple of model.patch_size {patch}; "
+                f"try {max(patch, size // patch * patch)}"
+            )
 
 
 class OptimConfig(Section):

@@ -4,8 +4,10 @@ Fine-tuning draws order, crop and flip as pre-training does, and RandAugment on 
 each image, by the authors' rule.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +21,11 @@ from fastbeit.data.augment import draw_steps, fill_of, rand_augment
 from fastbeit.data.batch import Batch
 from fastbeit.data.decode import MAX_PIXELS, decode, decode_reference
 from fastbeit.data.index.reader import Index
-from fastbeit.data.loader import CpuBatches
+from fastbeit.data.loader import CpuBatches, import_dali, refuse_auto
 from fastbeit.data.plans import Plans
 from fastbeit.data.views import Rule
 from fastbeit.data.workers import load_items
-from fastbeit.errors import BadImage, ConfigError, DataError
+from fastbeit.errors import BadImage, DataError
 
 CROP_SHARE = 224 / 256  # of the resized image's side
 LARGE = 384  # from this size on, the crop takes the whole shorter side
@@ -43,18 +45,22 @@ def make_labelled_loader(
 ) -> Generator[Batch, None, None]:
     """The training batches of steps `first_step` to `num_steps` - 1 for one rank, as `loader.make_loader`.
 
-    RandAugment takes the place of colour jitter, as in timm. Random erasing is left to `augment.erase_`, which works
-    where the normalised images are.
+    RandAugment takes the place of colour jitter, as in timm. It works on bytes on the CPU, also on what DALI has made.
+    Random erasing is left to `augment.erase_`, which works where the normalised images are.
 
     Raises:
-        ConfigError: at once, as `make_loader`, and for data.pipeline=dali.
+        ConfigError: at once, as `make_loader`.
         DataError: at once, when an image has no label (66); while iterating, as `make_loader`.
     """
-    data = _check(data, index)
+    refuse_auto(data)
+    check_labels(index)
     if augment.num_ops:
         data = data.model_copy(update={"jitter": 0.0})
-    plans = Plans(data, index, batch_size, seed, rank, world_size)
-    return load_items(TrainingBatches(plans, augment), range(first_step, num_steps), data.num_workers)
+    plans, steps = Plans(data, index, batch_size, seed, rank, world_size, augment.repeats), range(first_step, num_steps)
+    labelled = Labelled(plans, augment)
+    if data.pipeline == "dali":
+        return labelled.by_threads(import_dali().dali_batches(plans, labelled.rule, steps))
+    return load_items(TrainingBatches(labelled), steps, data.num_workers)
 
 
 def make_eval_loader(
@@ -66,10 +72,9 @@ def make_eval_loader(
     image is left out of its batch and listed in `bad`.
 
     Raises:
-        ConfigError: at once, for data.pipeline=dali.
         DataError: at once, when an image has no label; while iterating, when the data are gone (66).
     """
-    data = _check(data, index)
+    check_labels(index)
     starts = range(0, len(index), batch_size)
     shares = (_share(start, min(start + batch_size, len(index)), rank, world_size) for start in starts)
     return load_items(EvalBatches(data, index), shares, data.num_workers)
@@ -80,37 +85,61 @@ def _share(start: int, stop: int, rank: int, world_size: int) -> range:
     return range(start + first, start + last)
 
 
-def _check(data: DataConfig, index: Index) -> DataConfig:
-    if data.pipeline == "dali":
-        raise ConfigError("data.pipeline=dali does no RandAugment and no centre crop; set data.pipeline=torch")
+def check_labels(index: Index) -> None:
+    """
+    Raises:
+        DataError: an image has no label (66).
+    """
     bare = np.flatnonzero(index.labels < 0)
     if len(bare):
         raise DataError(
-            f"{len(bare)} of {len(index)} images have no label, such as '{index.name(int(bare[0]))}'; give each one (a "
-            "folder named as its class, a .cls member beside it, a label column) and make the index again"
+            f"{len(bare)} of {len(index)} images of '{index.location}' have no label, such as "
+            f"'{index.name(int(bare[0]))}'; give each one (a folder named as its class, a .cls member beside it, a "
+            "label column) and make the index again"
         )
-    # there is none to choose from beside it
-    return data.model_copy(update={"pipeline": "torch"}) if data.pipeline == "auto" else data
 
 
-class TrainingBatches(Dataset):
-    """The augmented batch of each step."""
+class Labelled:
+    """What makes a training's batch of views one of fine-tuning: RandAugment, and labels."""
 
     def __init__(self, plans: Plans, augment: AugmentConfig) -> None:
         self.plans, self.augment = plans, augment
-        self.views = CpuBatches(
-            plans, Rule(plans.data.image_size, None, plans.data.jitter_on, levels=plans.data.levels)
-        )
+        self.rule = Rule(plans.data.image_size, None, plans.data.jitter_on, levels=plans.data.levels)
         self.fill = fill_of(plans.data.mean)
 
-    def __getitem__(self, step: int) -> Batch:
-        batch, augment = self.views[step], self.augment
+    def __call__(self, batch: Batch, map: Callable[..., Iterable[Any]] = map) -> Batch:
+        """Changes the images of `batch`, which lie on the CPU, in place."""
+        augment = self.augment
         # of the images that are shown: in place of a bad one stands another
         sample, epoch, images = batch.sample.numpy(), batch.epoch.numpy(), batch.images.numpy()
         magnitude = augment.magnitude, augment.magnitude_std
-        for row, steps in enumerate(draw_steps(self.plans.seed, epoch, sample, augment.num_ops, *magnitude)):
-            images[row] = rand_augment(images[row], steps, self.fill)
+        drawn = draw_steps(self.plans.seed, epoch, sample, augment.num_ops, *magnitude)
+
+        def carry_out(row: int) -> None:
+            images[row] = rand_augment(images[row], drawn[row], self.fill)
+
+        for _ in map(carry_out, range(len(images))):
+            pass
         return replace(batch, labels=_labels(self.plans.index, sample))
+
+    def by_threads(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+        """Of batches that are made in this process; close it, and they are closed."""
+        with ThreadPoolExecutor(max(1, self.plans.data.num_workers), "augment") as threads:
+            try:
+                for batch in batches:
+                    yield self(replace(batch, images=batch.images.cpu()), threads.map)
+            finally:
+                batches.close()
+
+
+class TrainingBatches(Dataset):
+    """The augmented batch of each step, by the torch or the Pillow pipeline."""
+
+    def __init__(self, labelled: Labelled) -> None:
+        self.labelled, self.views = labelled, CpuBatches(labelled.plans, labelled.rule)
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.labelled(self.views[step])
 
 
 class EvalBatches(Dataset):

@@ -46,12 +46,12 @@ def make_loader(
         ConfigError: at once, when the images do not fill a batch or the ranks do not divide it.
         DataError: while iterating: the folder is gone or no image is valid (66), too many bad ones (65).
     """
-    _refuse_auto(data)
+    refuse_auto(data)
     plans = Plans(data, index, batch_size, seed, rank, world_size)
     rule = Rule(data.image_size, token_size, data.jitter_on, levels=data.levels)
     steps = range(first_step, num_steps)
     if data.pipeline == "dali":
-        return _import_dali().dali_batches(plans, rule, steps)
+        return import_dali().dali_batches(plans, rule, steps)
     return load_items(CpuBatches(plans, rule), steps, data.num_workers)
 
 
@@ -69,12 +69,12 @@ def make_token_loader(
     Raises:
         ConfigError, DataError: as `make_loader`, but a bad image is listed, not replaced.
     """
-    _refuse_auto(data)
+    refuse_auto(data)
     plans = Plans(data, index, 1, seed, 0, 1)
     rule = Rule(data.image_size, token_size, data.jitter_on, patch_view=False, levels=data.levels)
     items = (part[start : start + together] for part in rows for start in range(0, len(part), together))
     if data.pipeline == "dali":
-        return _import_dali().dali_token_views(plans, rule, items, together)
+        return import_dali().dali_token_views(plans, rule, items, together)
     return load_items(CpuTokenViews(plans, rule), items, data.num_workers)
 
 
@@ -88,13 +88,13 @@ def why_no_dali() -> str | None:
     return None
 
 
-def _import_dali() -> Any:
+def import_dali() -> Any:
     if problem := why_no_dali():
         raise ConfigError(f"data.pipeline=dali: {problem}; pip install 'fastbeit[gpu]', or data.pipeline=torch")
     return importlib.import_module("fastbeit.data.dali")
 
 
-def _refuse_auto(data: DataConfig) -> None:
+def refuse_auto(data: DataConfig) -> None:
     if data.pipeline == "auto":
         raise ValueError("wanted data.pipeline by name, got auto; `train.pipeline.settle_pipeline` gives it a name")
 

@@ -1,4 +1,4 @@
-"""How much memory a step of pre-training takes on one rank's device: a formula of the configuration alone.
+"""How much memory a step of a training of the encoder takes on one rank's device: a formula of the configuration alone.
 
     peak = static + micro-batch * (saved + temporary)
 
@@ -16,7 +16,7 @@ after its attention with the M slots alone. What is saved is counted in tests/en
 import math
 from dataclasses import dataclass, replace
 
-from fastbeit.config.pretrain import Config
+from fastbeit.config.finetune import VitConfig
 from fastbeit.config.sections import Size
 
 WEIGHT_BYTES = 4  # weights, gradients and each of AdamW's two moments are float32
@@ -56,7 +56,9 @@ class Footprint:
         return self.static + num_images * (self.saved + self.temporary)
 
 
-def footprint(config: Config, *, num_outputs: int, token_size: Size | None, num_ranks: int, itemsize: int) -> Footprint:
+def footprint(
+    config: VitConfig, *, num_outputs: int, token_size: Size | None, num_ranks: int, itemsize: int
+) -> Footprint:
     """
     Args:
         num_outputs: V, or P where pixels are regressed.
@@ -98,7 +100,7 @@ def shared_further(zero_1: Footprint, stage: int, num_ranks: int) -> Footprint:
     return replace(found, weights=share) if stage == 3 else found
 
 
-def count_weights(config: Config, num_outputs: int) -> int:
+def count_weights(config: VitConfig, num_outputs: int) -> int:
     """Parameters of the model, LayerNorms and biases included."""
     model = config.model
     D, F, S = model.width, model.mlp_width, config.num_patches + 1
@@ -111,28 +113,28 @@ def count_weights(config: Config, num_outputs: int) -> int:
     return model.depth * block + tables * table + ends
 
 
-def _optimizer(config: Config, weights: int, num_ranks: int, itemsize: int) -> int:
+def _optimizer(config: VitConfig, weights: int, num_ranks: int, itemsize: int) -> int:
     if config.engine.name != "deepspeed":
         return 2 * weights  # DDP's buckets are the gradients
     # master weights, two moments and this rank's sum of gradients; read in DeepSpeed 0.19.8, not measured
     return 4 * weights // num_ranks + (2 if itemsize < 4 else 1) * ZERO_BUCKET_BYTES
 
 
-def _batch_bytes(config: Config, token_size: Size | None) -> int:
+def _batch_bytes(config: VitConfig, token_size: Size | None) -> int:
     """Both views of an image in bytes, and of the numbers of a step those that count: slots, labels, masked patches."""
     views = 3 * math.prod(config.data.image_size) + (3 * math.prod(token_size) if token_size else 0)
     return views + 3 * 8 * config.num_slots + config.num_patches
 
 
-def _bias(config: Config) -> int:
+def _bias(config: VitConfig) -> int:
     """Values of one expanded table of relative positions."""
     S = config.num_patches + 1
     padded = -(-S // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
     return 0 if config.model.relative_position == "none" else config.model.num_heads * S * padded
 
 
-def _workspace(config: Config, num_weights: int, num_outputs: int, itemsize: int) -> int:
-    loss = WEIGHT_BYTES * config.model.width * num_outputs if config.objective == "tokens" else 0
+def _workspace(config: VitConfig, num_weights: int, num_outputs: int, itemsize: int) -> int:
+    loss = WEIGHT_BYTES * config.model.width * num_outputs if config.objective != "pixels" else 0
     copies = itemsize * num_weights if itemsize < WEIGHT_BYTES else 0
     # a block's own in the precision of products; tables in float32, and their gradients
     num_tables = config.model.depth if config.model.relative_position == "per_block" else 1
@@ -140,14 +142,14 @@ def _workspace(config: Config, num_weights: int, num_outputs: int, itemsize: int
     return loss + copies + biases + WORKSPACE_BYTES
 
 
-def _saved(config: Config, b: int) -> int:
+def _saved(config: VitConfig, b: int) -> int:
     """Of an image: all that autograd keeps between its forward and its backward, at most."""
     model = config.model
     D, L, S, M = model.width, model.depth, config.num_patches + 1, config.num_slots
     before, after = _halves(config, b)
     gathered = M * (b * D + 8)  # the attention's output at the slots, and which they are
-    head = M * (4 * D + b * D + _objective(config))
-    last = S * before + M * after + gathered + head
+    head = config.num_predictions * (4 * D + b * D + _objective(config))
+    last = S * before + M * after + gathered + head + _pixels(config)
     if config.engine.checkpoint_blocks:
         # inputs of the blocks before the one that is computed again: the last, or the one before it
         inputs = S * 4 * D
@@ -155,7 +157,7 @@ def _saved(config: Config, b: int) -> int:
     return (L - 1) * S * (before + after) + last
 
 
-def _halves(config: Config, b: int) -> tuple[int, int]:
+def _halves(config: VitConfig, b: int) -> tuple[int, int]:
     """What a block saves of a token up to its attention's output, and after it."""
     D, F, H = config.model.width, config.model.mlp_width, config.model.num_heads
     branch = b * D if config.model.layer_scale else 0
@@ -164,17 +166,22 @@ def _halves(config: Config, b: int) -> tuple[int, int]:
     return norm + attention, branch + norm + 2 * b * F + branch
 
 
-def _objective(config: Config) -> int:
+def _objective(config: VitConfig) -> int:
     """Of a slot: for pixels the errors in float32; the loss of tokens keeps a gradient instead."""
-    return 0 if config.objective == "tokens" else 4 * 3 * math.prod(config.model.patch_size)
+    return 0 if config.objective != "pixels" else 4 * 3 * math.prod(config.model.patch_size)
 
 
-def _logits(config: Config, num_outputs: int, b: int) -> int:
+def _pixels(config: VitConfig) -> int:
+    """Of an image that is classified: its normalised pixels, and the same as patches for the gradient."""
+    return 2 * 4 * 3 * math.prod(config.data.image_size) if config.objective == "classes" else 0
+
+
+def _logits(config: VitConfig, num_outputs: int, b: int) -> int:
     """Of an image, at most: the loss takes them by chunks, on a GPU as large as 1/64 of its memory."""
-    return b * config.num_slots * num_outputs if config.objective == "tokens" else 0
+    return b * config.num_predictions * num_outputs if config.objective != "pixels" else 0
 
 
-def _temporary(config: Config, b: int) -> int:
+def _temporary(config: VitConfig, b: int) -> int:
     """Of an image: gradients of the residual stream and of what is widest in a block's backward."""
     D, F, S = config.model.width, config.model.mlp_width, config.num_patches + 1
     # q, k and v come as three, and go to their product as one; the fused backward gives the bias's for each image

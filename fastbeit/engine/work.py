@@ -12,12 +12,12 @@ The authors' last block works on all tokens.
 
 import math
 
-from fastbeit.config.pretrain import Config
+from fastbeit.config.finetune import VitConfig
 from fastbeit.config.sections import Size
 from fastbeit.config.tokenizer import Architecture
 
 
-def step_flops(config: Config, num_outputs: int, authors: bool = False) -> int:
+def step_flops(config: VitConfig, num_outputs: int, authors: bool = False) -> int:
     """Of an image, forward and backward, without recomputation.
 
     Args:
@@ -29,7 +29,7 @@ def step_flops(config: Config, num_outputs: int, authors: bool = False) -> int:
     S, P = N + 1, 3 * math.prod(model.patch_size)
     attention, rest = 6 * S * D * D + 4 * S * S * D, 2 * D * D + 4 * D * F
     blocks = model.depth * attention + (model.depth - 1) * S * rest + (S if authors else M) * rest
-    return 3 * (blocks + 2 * M * D * num_outputs) + 2 * (2 * N * P * D)
+    return 3 * (blocks + 2 * config.num_predictions * D * num_outputs) + 2 * (2 * N * P * D)
 
 
 def tokenizer_flops(arch: Architecture, view: Size) -> int:

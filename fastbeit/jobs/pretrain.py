@@ -22,17 +22,17 @@ from fastbeit.data.sampling import drop_path_keep
 from fastbeit.data.to_device import move, on_device
 from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.memory import Footprint, footprint
-from fastbeit.engine.protocol import compiles, compute_dtype
+from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.engine.work import step_flops
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
 from fastbeit.model.beit import Beit, make_beit, num_outputs
-from fastbeit.model.kernels import Before, chosen_kernels
+from fastbeit.model.kernels import chosen_kernels
 from fastbeit.plural import counted
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
-from fastbeit.train.checkpoint import find_checkpoint, load_state
+from fastbeit.train.beginning import how, kernels_before
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Reading, check_batch, train
 from fastbeit.train.pipeline import settle_pipeline
@@ -62,11 +62,11 @@ def pretrain(config: Config, command: list[str]) -> int:
     index = open_index(Path(config.data.index), config.data.levels)
     source = open_token_source(config, index, world.device)
     opened = time.perf_counter()
-    before = _before(Path(config.out) / "checkpoints") if world.rank == 0 else None
+    before = kernels_before(Path(config.out) / "checkpoints") if world.rank == 0 else None
     chosen = chosen_kernels(config, num_outputs(config, source.vocab_size), world, before)
     tried = time.perf_counter()
     took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {tried - opened:.1f} s"
-    lines = [str(pipeline), *chosen.lines, _how(config, world.device), took, *warnings]
+    lines = [str(pipeline), *chosen.lines, how(config.engine, world.device), took, *warnings]
     task = Pretraining(chosen.config, world, index, source, lines, {"kernels": chosen.kept})
     with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
         world.barrier()
@@ -82,6 +82,8 @@ class Pretraining:
 
     sums: tuple[str, ...] = ("loss", "right")
     ema_decay: float | None = None
+    layer_decay: float = 1.0
+    best: str | None = None
 
     def __init__(
         self,
@@ -187,22 +189,6 @@ class Pretraining:
                 f"data.num_crops={config.data.num_crops}: only so many crops an image; the official recipe draws new "
                 "ones (num_crops=0)"
             )
-
-
-def _before(folder: Path) -> Before | None:
-    """What the checkpoint that will be gone on from says of its kernels; the loop opens it again, and verifies it."""
-    try:
-        last, _ = find_checkpoint(folder)
-        return Before(last.name, load_state(last).get("kernels")) if last else None
-    except (RunError, OSError):  # none is usable, or another run has just removed it: the loop says so on all ranks
-        return None
-
-
-def _how(config: Config, device: torch.device) -> str:
-    compiled = "each block" if compiles(config.engine, device) else "nothing"
-    why = f"auto: on {device.type}" if config.engine.compile == "auto" else "as set"
-    precision = str(compute_dtype(config.engine, device)).removeprefix("torch.")
-    return f"compiled: {compiled} ({why}); activations in {precision}"
 
 
 def blank_inputs(config: Config, num_images: int, device: torch.device) -> tuple[Tensor, ...]:

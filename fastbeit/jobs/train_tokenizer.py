@@ -111,6 +111,8 @@ class DvaeTraining:
     sums: tuple[str, ...] = ("loss", "error", "words")
     rehearsal: Rehearsal | None = None
     flops_per_image: int = 0
+    layer_decay: float = 1.0
+    best: str | None = None
     kept: dict[str, Any] = {}
 
     def __init__(

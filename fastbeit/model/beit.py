@@ -105,7 +105,7 @@ class Beit(VisionTransformer):
         x = self._features(images, masked, predict_idx, keep)
         if self.objective == "tokens":
             return self.lm_head(x, targets)
-        pixels = take(self.patch_embed.normalise(images), predict_idx)
+        pixels = take(self.patch_embed.patches(images), predict_idx)
         errors = (self.lm_head(x).float() - pixels).square().mean(2)
         loss_sum = torch.where(targets != UNUSED, errors, 0.0).sum()
         return loss_sum, torch.zeros((), dtype=torch.int64, device=images.device)

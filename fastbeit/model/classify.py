@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.sections import Backend, Kernels, ModelConfig, Size
 from fastbeit.model.vit import NORM_EPS, VisionTransformer
 from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy
@@ -18,10 +19,11 @@ HEAD_SCALE = 1e-3  # the authors': the first predictions are alike for all class
 class ClassHead(nn.Linear):
     """From features to classes, or to the loss, whose logits are never in memory at once: 21,841 classes are many."""
 
-    def __init__(self, width: int, num_classes: int, label_smoothing: float, backend: Backend) -> None:
+    def __init__(self, width: int, num_classes: int, label_smoothing: float, kernels: Kernels) -> None:
         super().__init__(width, num_classes)
         self.label_smoothing = label_smoothing
-        self.backend: Backend = backend
+        self.backend: Backend = kernels.loss
+        self.rows = kernels.loss_rows
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, labels: Tensor | None = None, others: Tensor | None = None, share: Tensor | None = None
@@ -40,7 +42,7 @@ class ClassHead(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         one, smoothing = torch.ones((), device=x.device), self.label_smoothing
         loss, num_correct = linear_cross_entropy(
-            x, self.weight, self.bias, labels, one, label_smoothing=smoothing, backend=self.backend
+            x, self.weight, self.bias, labels, one, label_smoothing=smoothing, chunk=self.rows, backend=self.backend
         )
         if others is not None and share is not None:
             # cross-entropy is linear in its target: to move a part of it to another class costs two logits an image
@@ -81,7 +83,7 @@ class Classifier(VisionTransformer):
         )
         norm = nn.LayerNorm(model.width, eps=NORM_EPS)
         self.norm, self.fc_norm = (None, norm) if pooling == "mean" else (norm, None)
-        self.head = ClassHead(model.width, num_classes, label_smoothing, kernels.loss)
+        self.head = ClassHead(model.width, num_classes, label_smoothing, kernels)
         self.initialise(lambda weight, std: nn.init.normal_(weight, std=std))
         self._start_ends()
 
@@ -125,3 +127,18 @@ class Classifier(VisionTransformer):
         x = torch.cat((self.cls_token.expand(len(x), 1, -1).to(x.dtype), x), dim=1)
         x = self.encode(x if self.pos_embed is None else x + self.pos_embed, keep)
         return self.norm(x[:, 0]) if self.norm is not None else self.fc_norm(x[:, 1:].mean(1))  # pyright: ignore
+
+
+def make_classifier(config: FinetuneConfig, num_classes: int) -> Classifier:
+    """The model of a fine-tuning, with the authors' start."""
+    return Classifier(
+        config.model,
+        image_size=config.data.image_size,
+        num_classes=num_classes,
+        mean=config.data.mean,
+        std=config.data.std,
+        kernels=config.kernels.by_op,
+        pooling=config.model.pooling,
+        label_smoothing=config.augment.smoothing,
+        checkpoint_blocks=config.engine.checkpoint_blocks,
+    )

@@ -8,10 +8,11 @@ said; what the configuration asks for by name and does not run ends the run befo
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from fastbeit.config.finetune import FinetuneConfig, VitConfig
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import AttentionBackend, Kernels, KernelsConfig
 from fastbeit.engine.protocol import compute_dtype
@@ -22,6 +23,7 @@ from fastbeit.model.trials import Results, trials_of, tried
 from fastbeit.model.tuned import device_name, key_of, look_up, table_path
 from fastbeit_kernels.backend import HAS_TRITON, Backend, check_backend, uses_triton
 
+C = TypeVar("C", Config, FinetuneConfig)
 OLDEST = (8, 0)  # Ampere: older cards have no bfloat16 in their matrix units, and nothing was tried on one
 TRIED = "triton", "xformers"  # PyTorch's own are what they are judged by
 
@@ -35,15 +37,15 @@ class Before:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Chosen(Generic[C]):
     """The implementations of a run."""
 
-    config: Config  # with each of them named
+    config: C  # with each of them named
     lines: list[str]  # for the log: what was chosen, and why
     kept: dict[str, Any]  # for checkpoints
 
 
-def chosen_kernels(config: Config, num_outputs: int, world: World, before: Before | None = None) -> Chosen:
+def chosen_kernels(config: C, num_outputs: int, world: World, before: Before | None = None) -> Chosen[C]:
     """Choose, alike on all ranks; all of them must call it.
 
     Args:
@@ -68,7 +70,9 @@ def chosen_kernels(config: Config, num_outputs: int, world: World, before: Befor
     return Chosen(found, [_line(kernels), *why, *lines], kept)
 
 
-def _wishes(config: Config, num_outputs: int, world: World, before: Before | None) -> tuple[dict[str, Any], list[str]]:
+def _wishes(
+    config: VitConfig, num_outputs: int, world: World, before: Before | None
+) -> tuple[dict[str, Any], list[str]]:
     """What to take where the configuration names nothing, by setting of `kernels`; and lines that say whence."""
     told = _told(config, num_outputs, world, before) if world.rank == 0 else None
     choices, why = world.first(told)
@@ -77,7 +81,7 @@ def _wishes(config: Config, num_outputs: int, world: World, before: Before | Non
     return {name: choice for name, choice in choices.items() if name in free and choice is not None}, why
 
 
-def _told(config: Config, num_outputs: int, world: World, before: Before | None) -> tuple[dict[str, Any], list[str]]:
+def _told(config: VitConfig, num_outputs: int, world: World, before: Before | None) -> tuple[dict[str, Any], list[str]]:
     device, kept, lines = device_name(world.device), before.kept if before else None, []
     if before and kept:
         if kept["device"] == device:
@@ -97,7 +101,7 @@ def _told(config: Config, num_outputs: int, world: World, before: Before | None)
     return {}, lines + [f"kernels: {found.why}{hint}"] * (world.device.type == "cuda")
 
 
-def _refused_anywhere(wished: Config, config: Config, num_outputs: int, world: World) -> dict[str, str]:
+def _refused_anywhere(wished: VitConfig, config: VitConfig, num_outputs: int, world: World) -> dict[str, str]:
     """Why an operator does not run, on the first rank where it does not.
 
     Raises:
@@ -114,7 +118,7 @@ def _refused_anywhere(wished: Config, config: Config, num_outputs: int, world: W
     return first
 
 
-def _with_fallbacks(wished: Config, device: torch.device, refused: dict[str, str]) -> tuple[Kernels, list[str]]:
+def _with_fallbacks(wished: VitConfig, device: torch.device, refused: dict[str, str]) -> tuple[Kernels, list[str]]:
     """Each implementation by name, and why it is not the one that was wanted."""
     wanted = wished.kernels.by_op
     attention, reason = _chosen_attention(wished, device)
@@ -137,7 +141,7 @@ def _line(kernels: Kernels) -> str:
 
 
 def _refusals(
-    config: Config, wanted: Kernels, num_outputs: int, device: torch.device, dtype: torch.dtype
+    config: VitConfig, wanted: Kernels, num_outputs: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
     """Why an operator does not run as wanted, by its name."""
     refused = {}
@@ -167,14 +171,14 @@ def _tries(device: torch.device) -> bool:
     return device.type == "cuda" and HAS_TRITON
 
 
-def _chosen_attention(config: Config, device: torch.device) -> tuple[AttentionBackend, str]:
+def _chosen_attention(config: VitConfig, device: torch.device) -> tuple[AttentionBackend, str]:
     model, has_bias = config.model, config.model.relative_position != "none"
     shape = config.num_patches + 1, model.width // model.num_heads
     return attention_choice(config.kernels.by_op.attention, device, *shape, has_bias)
 
 
 def _attention_refusal(
-    config: Config, backend: AttentionBackend, device: torch.device, dtype: torch.dtype
+    config: VitConfig, backend: AttentionBackend, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
     if backend == "auto":
         return {}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbeit import masking
+from fastbeit.config.finetune import VitConfig
 from fastbeit.config.pretrain import Config
 from fastbeit.model.attention import BIAS_ALIGNMENT, attend
 from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -82,14 +83,14 @@ def tried(trial: Trial, how: str, dtype: torch.dtype) -> Verdict:
         return Verdict(float("nan"), "nothing", f"{type(err).__name__}: {told}")
 
 
-def trials_of(config: Config, num_outputs: int, device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
+def trials_of(config: VitConfig, num_outputs: int, device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
     """By operator: its trial at the model's widths. Those that the configuration has no use for are left out."""
-    trials: dict[str, Trial] = dict(
-        masked_embed=partial(_embedding, config, device, dtype), attention=partial(_attention, config, device, dtype)
-    )
-    if config.objective == "tokens":
+    trials: dict[str, Trial] = dict(attention=partial(_attention, config, device, dtype))
+    if config.objective != "classes":
+        trials["masked_embed"] = partial(_embedding, config, device, dtype)
+    if config.objective != "pixels":
         trials["loss"] = partial(_loss, config.model.width, num_outputs, device, dtype)
-    if config.mask != "none":
+    if isinstance(config, Config) and config.mask != "none":
         trials["masks"] = partial(_masks, config, device)
     return trials
 
@@ -103,7 +104,7 @@ def _with_gradients(out: Tensor, leaves: Mapping[str, Tensor], grad: Tensor) -> 
     return {"out": out.detach(), **{f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
-def _embedding(config: Config, device: torch.device, dtype: torch.dtype, how: Any) -> Results:
+def _embedding(config: VitConfig, device: torch.device, dtype: torch.dtype, how: Any) -> Results:
     random, D, kind = (
         partial(random_numbers, device),
         config.model.width,
@@ -141,7 +142,7 @@ def _loss(width: int, num_outputs: int, device: torch.device, dtype: torch.dtype
     return _with_gradients(total, leaves, torch.ones_like(total))
 
 
-def _attention(config: Config, device: torch.device, dtype: torch.dtype, how: Any) -> Results:
+def _attention(config: VitConfig, device: torch.device, dtype: torch.dtype, how: Any) -> Results:
     """By any backend of attention; what it is given is rounded to `dtype` before."""
     S, H = config.num_patches + 1, config.model.num_heads
     kind, bias_kind = (torch.float64, torch.float64) if how == "exact" else (dtype, torch.float32)

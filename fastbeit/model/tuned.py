@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 import fastbeit
-from fastbeit.config.pretrain import Config
+from fastbeit.config.finetune import VitConfig
 from fastbeit.config.sections import KernelsConfig
 from fastbeit.engine.memory import expected_room, fewest, footprint
 from fastbeit.engine.protocol import compiles, compute_dtype
@@ -43,7 +43,7 @@ def table_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fastbeit" / "tuned.json"
 
 
-def key_of(config: Config, num_outputs: int, num_ranks: int, device: torch.device) -> Key:
+def key_of(config: VitConfig, num_outputs: int, num_ranks: int, device: torch.device) -> Key:
     """What times hang on: the device, what compiles for it, and the shapes of a step.
 
     Args:
@@ -73,7 +73,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def micro_batch(config: Config, num_outputs: int, num_ranks: int, device: torch.device) -> int:
+def micro_batch(config: VitConfig, num_outputs: int, num_ranks: int, device: torch.device) -> int:
     """Images that a rank computes at once: with optim.accumulate=auto as the formula says for this card, alone."""
     images = config.optim.batch_size // num_ranks
     if config.optim.accumulate != "auto":

@@ -43,6 +43,11 @@ class PatchProjection(nn.Module):
         return masked_embed(images, masked, self.weight, self.bias, **tokens_and_pixels, backend=self.backend)
 
 
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """[B, height, width, 3] uint8 to the same in float32: pixels / 255, less the mean [3], over the deviation [3]."""
+    return (images.float() / 255 - mean) / std
+
+
 class PatchEmbedding(nn.Module):
     """uint8 images to tokens; bytes are normalised here and nowhere before."""
 
@@ -62,14 +67,14 @@ class PatchEmbedding(nn.Module):
         self.mean = nn.Buffer(torch.tensor(mean), persistent=False)
         self.std = nn.Buffer(torch.tensor(std), persistent=False)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def patches(self, images: Tensor) -> Tensor:
         """[B, height, width, 3] uint8 to [B, N, P] float32: pixels / 255, less the mean, over the deviation."""
         return patchify(self.pixels(images), self.patch_size)
 
     def pixels(self, images: Tensor) -> Tensor:
         """[B, height, width, 3] uint8 to the same in float32, normalised."""
         self._check(images)
-        return (images.float() / 255 - self.mean) / self.std
+        return normalise(images, self.mean, self.std)
 
     def forward(
         self, images: Tensor, masked: Tensor, cls_token: Tensor, mask_token: Tensor, positions: Tensor | None

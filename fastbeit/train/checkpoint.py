@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from fastbeit.config.read import as_saved
 from fastbeit.engine.protocol import Engine
 from fastbeit.engine.ranks import World
-from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, ConfigError, RunError
-from fastbeit.files import UNFINISHED, do_without, move_folder, sha256, share, sync
+from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, ConfigError, RunError, writing
+from fastbeit.files import UNFINISHED, do_without, move_folder, sha256, share, sync, write_whole
 from fastbeit.train.ema import PREFIX, Average
 from fastbeit.train.settings import Changes, changes, compared, fixed, in_words
 
 MANIFEST = "MANIFEST.json"
+BEST = "best.json"  # of a folder of checkpoints, where there is a best: its step, figure and value
 VERSION = 1  # of this layout
+ALIASES = "latest", "best"  # of a checkpoint, after the path of a run
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
@@ -57,6 +59,7 @@ class Saver:
         # known to verify; the first stays while this training lasts
         self._good: set[Path] = {self.last_checkpoint} if self.last_checkpoint else set()
         self._resumed = self._good.copy()
+        self._best = _read_best(folder)
 
     def load_weights(self, model: nn.Module) -> None:
         """Load the last checkpoint's weights, if there is one; the next two do so with average and moments."""
@@ -88,9 +91,23 @@ class Saver:
             state = {**self.origin, "config": self.config.model_dump(mode="json"), **known}
             written = save_checkpoint(self.folder, step, weights, moments, state)
             self._good.add(written)
-            prune(self.folder, self.keep, self._good, {written, *self._resumed})
+            best = {self.folder / _name(self._best["step"])} if self._best else set()
+            prune(self.folder, self.keep, self._good, {written, *self._resumed, *best})
         self.world.barrier()
-        self.last_checkpoint, self.last_step = self.folder / f"step-{step:06d}", step
+        self.last_checkpoint, self.last_step = self.folder / _name(step), step
+
+    def judge(self, step: int, figure: str, value: float) -> None:
+        """Of the checkpoint of this step; the best one stays when older ones are dropped, of equals the first.
+
+        Raises:
+            RunError: the mark cannot be written (exit code 74).
+        """
+        if self._best and self._best["figure"] == figure and not value > self._best["value"]:
+            return
+        self._best = {"step": step, "figure": figure, "value": value}
+        if self.world.rank == 0:
+            with writing(f"'{self.folder / BEST}'"):
+                write_whole(self.folder / BEST, json.dumps(self._best) + "\n")
 
     def _compare(self, num_steps: int) -> Changes:
         state, path = self._state, self.last_checkpoint
@@ -139,7 +156,7 @@ def save_checkpoint(
     Raises:
         RunError: the disk is full or not writable (exit code 74); what was there before stays.
     """
-    final = folder / f"step-{step:06d}"
+    final = folder / _name(step)
     aside = folder / f".tmp-{final.name}.{os.getpid()}"
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -184,12 +201,23 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint's directory from itself, a run, its `checkpoints` folder, or a path ending in `latest`; verified."""
-    path = Path(path)
-    if path.name == "latest":
+    """A checkpoint's directory from itself, a run, its `checkpoints` folder, or a path ending in `latest` or `best`.
+
+    It is verified. A run stands for its newest; `best` is that of a fine-tuning with held-out images.
+    """
+    path, name = Path(path), Path(path).name
+    if name in ALIASES:
         path = path.parent
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
+    if name == "best":
+        best = _read_best(path)
+        if best is None:
+            raise RunError(
+                f"no best checkpoint in '{path}': it was not judged by held-out images; `latest` is the newest",
+                CHECKPOINT_UNUSABLE,
+            )
+        path = path / _name(best["step"])
     if not path.name.startswith("step-"):
         found, _ = find_checkpoint(path)
         if found is None:
@@ -199,6 +227,20 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if problem is not None:
         raise RunError(f"'{path}' is not usable: {problem}", CHECKPOINT_UNUSABLE)
     return path
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _read_best(folder: Path) -> dict[str, Any] | None:
+    """What `Saver.judge` wrote; None: nothing, or of a checkpoint that is no longer there."""
+    try:
+        best = json.loads((folder / BEST).read_text())
+        is_whole = isinstance(best["figure"], str) and isinstance(best["value"], float)
+        return best if is_whole and (folder / _name(best["step"])).is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def load_model(path: Path) -> dict[str, Tensor]:

@@ -72,6 +72,10 @@ class Task(Protocol):
     kept: dict[str, Any]  # what its checkpoints say besides, of how they were computed
     sums: tuple[str, ...]  # names of what the model returns
     ema_decay: float | None  # of the averaged weights; None: none are kept
+    layer_decay: float  # each block learns so many times as fast as the one above it
+    # the figure of a look, of which more is better, whose best checkpoint is kept; None: the newest are, alone. Each
+    # look is then one at a checkpoint
+    best: str | None
     looks: list[Look]
     flops_per_image: int  # of a forward and backward, for TFLOP/s and MFU; 0: not known
     rehearsal: Rehearsal | None  # for optim.accumulate=auto; None: the job takes no micro-batches
@@ -154,7 +158,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
         world.share(model)
     average = Average(model, task.ema_decay)
     saver.load_average(average)
-    optimizer = make_optimizer(model, optim)
+    optimizer = make_optimizer(model, optim, task.layer_decay)
     fit = fitting_accumulate(optim, config.engine, task.rehearsal, model, world, saver.fit)
     engine = make_engine(config.engine, optim, model, optimizer, world, fit.accumulate)
     saver.load_moments(engine)
@@ -178,7 +182,9 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     def look_on(look: Look) -> None:
         nonlocal lost
         try:
-            _see(log, look, average.model or model, step, stop)
+            figures = _see(log, look, average.model or model, step, stop)
+            if task.best in figures:
+                saver.judge(step, task.best, figures[task.best])
         except RunError as err:
             # told to all ranks with the next batch: no step that was taken is lost
             lost = err
@@ -240,7 +246,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             if step % config.log.every == 0 or step in (first_step + 1, task.num_steps):
                 say()
             # once in a while: save, before anybody looks, which takes long
-            if feed.save_wanted or step == task.num_steps or is_due(step, config.log.save_every):
+            is_judged = task.best and any(_is_seen(look, step, task) for look in task.looks)
+            if feed.save_wanted or step == task.num_steps or is_due(step, config.log.save_every) or is_judged:
                 stop.save_wanted = False
                 save()
             # once in a while: look
@@ -354,16 +361,19 @@ def _say(log: RunLog, task: Task, meter: Meter, place: dict[str, float], num_bad
         )
 
 
-def _see(log: RunLog, look: Look, model: nn.Module, step: int, stop: Stop) -> None:
+def _see(log: RunLog, look: Look, model: nn.Module, step: int, stop: Stop) -> dict[str, float]:
+    """What a look found; nothing, where it was ended early or is not this rank's."""
     # as it is written: batches of other shapes would be compiled for
     with torch.compiler.set_stance("force_eager"):
         try:
             reading = look.see(model, log, step, stop)
         except StopWanted:
-            return
-    if reading:
-        log.write({"step": step, "event": look.name, **reading.figures})
-        log.say(f"step {step}  {reading.line}")
+            return {}
+    if not reading:
+        return {}
+    log.write({"step": step, "event": look.name, **reading.figures})
+    log.say(f"step {step}  {reading.line}")
+    return reading.figures
 
 
 def _stop_if_lost(meter: Meter, step: int, lr: float, last_checkpoint: Path | None) -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import saved_pipeline
 from fastbeit.config.tokenizer import TokenizerTrainConfig
@@ -18,7 +19,7 @@ from fastbeit.engine.ranks import World
 from fastbeit.errors import ConfigError, RunError
 from fastbeit.tokenizer.cache.reader import pipeline_of
 
-C = TypeVar("C", Config, TokenizerTrainConfig)
+C = TypeVar("C", Config, FinetuneConfig, TokenizerTrainConfig)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def settle_pipeline(config: C, world: World, run: Path | None, tokens: Path | No
 
 
 def _choose(
-    config: Config | TokenizerTrainConfig, device: torch.device, run: Path | None, tokens: Path | None
+    config: Config | FinetuneConfig | TokenizerTrainConfig, device: torch.device, run: Path | None, tokens: Path | None
 ) -> Choice:
     begun = saved_pipeline(type(config), run / "config.yaml") if run else None
     made_by = pipeline_of(tokens) if tokens else None

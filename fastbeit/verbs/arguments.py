@@ -6,15 +6,15 @@ from pathlib import Path
 
 from fastbeit.config.arguments import one_config
 from fastbeit.config.pretrain import Config
-from fastbeit.config.read import load_config, shipped_configs
+from fastbeit.config.read import S, load_config, shipped_configs
 
 
 def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def read_config(names: list[str], settings: list[str]) -> Config:
-    return load_config(one_config(names, list(shipped_configs())), settings)
+def read_config(names: list[str], settings: list[str], model: type[S] = Config) -> S:
+    return load_config(one_config(names, list(shipped_configs(model))), settings, model)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

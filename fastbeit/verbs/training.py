@@ -1,9 +1,10 @@
-"""Verbs around a training: plan, doctor, pretrain, report, demo."""
+"""Verbs around a training: plan, doctor, pretrain, finetune, report, demo."""
 
 import argparse
 from pathlib import Path
 
 from fastbeit.config.arguments import parse
+from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import configure, explain_config
 from fastbeit.errors import DONE
@@ -18,12 +19,26 @@ def pretrain_verb(args: list[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true")
     options, settings = parse(parser, args)
     if options.help:
-        return explain_config(options.config, settings)
+        return explain_config("pretrain", options.config, settings)
     config = read_config(options.config, settings)
 
     from fastbeit.jobs.pretrain import pretrain
 
     return pretrain(config, command=["fastbeit", "pretrain", *args])
+
+
+def finetune_verb(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("fastbeit finetune", add_help=False)
+    add_config(parser)
+    parser.add_argument("-h", "--help", action="store_true")
+    options, settings = parse(parser, args)
+    if options.help:
+        return explain_config("finetune", options.config, settings, FinetuneConfig)
+    config = read_config(options.config, settings, FinetuneConfig)
+
+    from fastbeit.jobs.finetune import finetune
+
+    return finetune(config, command=["fastbeit", "finetune", *args])
 
 
 def plan_verb(args: list[str]) -> int:

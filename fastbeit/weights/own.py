@@ -16,7 +16,7 @@ from torch import Tensor
 from fastbeit.config.sections import ModelConfig, Section, Size
 from fastbeit.errors import CANNOT_WRITE, USAGE, RunError
 from fastbeit.files import sha256, whole_folder
-from fastbeit.train.checkpoint import MANIFEST, load_model, load_state, resolve_checkpoint
+from fastbeit.train.checkpoint import ALIASES, MANIFEST, load_model, load_state, resolve_checkpoint
 from fastbeit.train.ema import PREFIX
 from fastbeit.weights.dialect import Channels
 from fastbeit.weights.pickles import Malformed
@@ -57,9 +57,9 @@ class Own(NamedTuple):
 
 def is_own(path: Path) -> bool:
     """Whether `read` is to read it, by what stands beside it."""
-    if path.is_dir() or path.name == "latest":
+    if path.is_dir() or path.name in ALIASES:
         marks = CARD, "config.yaml", MANIFEST, "checkpoints"
-        return path.name == "latest" or path.name.startswith("step-") or any((path / one).exists() for one in marks)
+        return path.name in ALIASES or path.name.startswith("step-") or any((path / one).exists() for one in marks)
     return path.name == WEIGHTS and any((path.parent / one).is_file() for one in (CARD, MANIFEST))
 
 

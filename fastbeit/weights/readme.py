@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbeit import __version__
-from fastbeit.train.checkpoint import load_state, resolve_checkpoint
+from fastbeit.train.checkpoint import ALIASES, load_state, resolve_checkpoint
 from fastbeit.weights.models import ModelWeights
 from fastbeit.weights.own import CARD, is_own
 
@@ -60,7 +60,7 @@ def model_card(found: ModelWeights, to: str, path: Path, use: dict[str, str], le
 
 def _run_of(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """State of the checkpoint and lines of the log up to it; nothing for weights that are of no run."""
-    folder = path if path.is_dir() or path.name == "latest" else path.parent
+    folder = path if path.is_dir() or path.name in ALIASES else path.parent
     if not is_own(path) or (folder / CARD).is_file():
         return {}, []
     checkpoint = resolve_checkpoint(folder)

@@ -30,8 +30,8 @@ def classifier(model: ModelConfig = TINY, **options) -> Classifier:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_of_mixed_images_is_that_of_soft_targets(backend, smoothing, device):
     torch.manual_seed(0)
-    head = ClassHead(32, 7, smoothing, backend).to(device)
-    exact = ClassHead(32, 7, smoothing, "reference").double().to(device)
+    head = ClassHead(32, 7, smoothing, Kernels(loss=backend)).to(device)
+    exact = ClassHead(32, 7, smoothing, Kernels(loss="reference")).double().to(device)
     exact.load_state_dict(head.state_dict())
     x = torch.randn(6, 32, device=device, requires_grad=True)
     labels, others = torch.tensor([0, 1, 2, 3, 4, 6]).to(device), torch.tensor([6, 4, 2, 3, 1, 0]).to(device)
@@ -56,7 +56,7 @@ def test_the_loss_of_mixed_images_is_that_of_soft_targets(backend, smoothing, de
 
 def test_no_logits_of_many_classes_are_kept_for_the_backward():
     """21,841 of the whole ImageNet."""
-    head, kept = ClassHead(8, 21_841, 0.1, "reference"), []
+    head, kept = ClassHead(8, 21_841, 0.1, Kernels(loss="reference")), []
     x = torch.randn(256, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
         head(x, torch.arange(256))[0].backward()

@@ -317,7 +317,7 @@ def test_normalisation_is_per_channel():
     colours: Any = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 4.0)}
     model = Beit(ModelConfig(**TINY), image_size=(4, 4), num_outputs=5, **colours, kernels=Kernels())
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, 4, 4, 3)
-    patches = model.patch_embed.normalise(images).view(3, 16)
+    patches = model.patch_embed.patches(images).view(3, 16)
     torch.testing.assert_close(patches, torch.tensor([[-0.1], [0.0], [0.175]]).expand(3, 16))
 
 
