@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from fastbeit.config.explain import explain, known_keys
+from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Section
 from fastbeit.config.text import NULLS, Word, parse, read_text, typed
@@ -18,6 +19,7 @@ from fastbeit.errors import DONE, ConfigError
 from fastbeit.files import write_whole
 
 S = TypeVar("S", bound=Section)
+JOBS: dict[type[Section], str] = {Config: "pretrain", FinetuneConfig: "finetune"}
 # what else a user may give in place of a config, by its suffix, and where it goes
 NO_CONFIGS = {
     "an index; it goes into data.index={}": (".idx",),
@@ -36,7 +38,24 @@ def load_config(path: str | Path, overrides: list[str], model: type[S] = Config)
     Args:
         path: the file, or the name of one that comes with fastbeit, such as beit_base_in1k.
     """
-    return configure(model, overrides, _read_yaml(_config_file(str(path), model)))
+    file = _config_file(str(path), model)
+    values = _read_yaml(file)
+    _refuse_another_job(values, file, model)
+    return configure(model, overrides, values)
+
+
+def _refuse_another_job(values: dict[str, Any], file: Path, model: type[Section]) -> None:
+    """
+    Raises:
+        ConfigError: it has sections that only another job has.
+    """
+    for other, verb in JOBS.items():
+        alien = sorted(values.keys() & (other.model_fields.keys() - model.model_fields.keys()))
+        if model in JOBS and alien:
+            raise ConfigError(
+                f"'{file}' is a config of `fastbeit {verb}` ({', '.join(alien)}), and `fastbeit {JOBS[model]}` is asked; "
+                f"{_names(shipped_configs(model))}"
+            )
 
 
 def as_saved(model: type[S], values: dict[str, Any]) -> S:
