@@ -3,7 +3,7 @@
 Deterministic, on any device, and on tensors that have no memory (meta, FakeTensor); temporaries within a PyTorch
 operation are not seen.
 
-    python -m benchmarks.memory --plan CONFIG [--ranks N]     what optim.accumulate=auto would choose, predicted
+    python -m benchmarks.memory --plan CONFIG [--classes C] [--ranks N]     what optim.accumulate=auto would choose
 """
 
 import argparse
@@ -24,11 +24,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastbeit.config.finetune import FinetuneConfig, VitConfig
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import load_config
 from fastbeit.engine.memory import expected_room, fewest, footprint
 from fastbeit.model.attention import BIAS_ALIGNMENT
-from fastbeit.model.beit import Beit, make_beit
+from fastbeit.model.beit import make_beit
+from fastbeit.model.classify import make_classifier
+from fastbeit.model.vit import VisionTransformer
 from fastbeit_kernels import backend
 
 CARDS_GB = 24, 40, 80
@@ -136,24 +139,37 @@ class Counted:
 
 
 @contextlib.contextmanager
-def without_memory(config: Config, num_images: int, num_outputs: int) -> Iterator[tuple[Beit, tuple[Tensor, ...]]]:
+def without_memory(
+    config: VitConfig, num_images: int, num_outputs: int
+) -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
     """A model, and inputs of its forward, of which nothing is computed; attention and kernels are those of CUDA."""
     with (
         patch.object(F, "scaled_dot_product_attention", fused_attention),
         # their ops say what comes out, and are not launched
         patch.object(backend, "INTERPRETED", True),
-        patch.object(Beit, "initialise", lambda self: None),
+        patch.object(VisionTransformer, "initialise", lambda *args: None),
     ):
-        model = make_beit(config, num_outputs)
-        N, M = config.num_patches, config.num_slots
+        is_pretraining = isinstance(config, Config)
+        model = make_beit(config, num_outputs) if is_pretraining else make_classifier(config, num_outputs)
         with FakeTensorMode():
             _replace(model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-            images = torch.empty(num_images, *config.data.image_size, 3, dtype=torch.uint8)
-            masked, slots = torch.empty(num_images, N, dtype=torch.bool), torch.empty(num_images, M, dtype=torch.int64)
-            yield model, (images, masked, slots, slots, torch.empty(num_images, config.model.depth, 2))
+            inputs = _masked_images(config, num_images) if is_pretraining else _pixels(config, num_images)
+            yield model, (*inputs, torch.empty(num_images, config.model.depth, 2))
 
 
-def count_step(config: Config, num_images: int, num_outputs: int, dtype: torch.dtype) -> Counted:
+def _masked_images(config: VitConfig, num_images: int) -> tuple[Tensor, ...]:
+    images = torch.empty(num_images, *config.data.image_size, 3, dtype=torch.uint8)
+    slots = torch.empty(num_images, config.num_slots, dtype=torch.int64)
+    return images, torch.empty(num_images, config.num_patches, dtype=torch.bool), slots, slots
+
+
+def _pixels(config: VitConfig, num_images: int) -> tuple[Tensor, ...]:
+    """Normalised and mixed: of what is made for the step itself, unlike bytes."""
+    labels = torch.empty(num_images, dtype=torch.int64)
+    return torch.empty(num_images, *config.data.image_size, 3), labels, labels, torch.empty(num_images)
+
+
+def count_step(config: VitConfig, num_images: int, num_outputs: int, dtype: torch.dtype) -> Counted:
     """Of one micro-batch, in `dtype`; inputs and weights are not counted."""
     with without_memory(config, num_images, num_outputs) as (model, inputs), PeakOfStep() as memory:
         given = [*inputs, *model.parameters(), *model.buffers()]
@@ -171,13 +187,14 @@ def _replace(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> None:
             setattr(module, name, fake(buffer))
 
 
-def plan(config: Config, num_ranks: int) -> str:
+def plan(config: VitConfig, num_ranks: int, num_classes: int) -> str:
     """Micro-batches and peaks for bf16 on CUDA, one rank a card, in the lines of a config's header."""
     images = config.optim.batch_size // num_ranks
     down, across = config.grid
-    found = footprint(
-        config, num_outputs=VOCAB_SIZE, token_size=(down * STRIDE, across * STRIDE), num_ranks=num_ranks, itemsize=2
+    outputs, view = (
+        (VOCAB_SIZE, (down * STRIDE, across * STRIDE)) if isinstance(config, Config) else (num_classes, None)
     )
+    found = footprint(config, num_outputs=outputs, token_size=view, num_ranks=num_ranks, itemsize=2)
     lines = [f"Memory, predicted for {num_ranks} rank(s) with {images} images each, a rank a card:"]
     for card in CARDS_GB:
         room = expected_room(card)
@@ -190,10 +207,12 @@ def plan(config: Config, num_ranks: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description="Memory of a run, predicted.")
-    parser.add_argument("--plan", required=True, metavar="CONFIG", help="as for `fastbeit pretrain`")
+    parser.add_argument("--plan", required=True, metavar="CONFIG", help="as for `fastbeit pretrain` or `finetune`")
+    parser.add_argument("--classes", type=int, metavar="C", help="that CONFIG fine-tunes to; else it pre-trains")
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="one a card (8)")
     args = parser.parse_args(argv)
-    print(plan(load_config(args.plan, []), args.ranks))
+    config = load_config(args.plan, [], FinetuneConfig if args.classes else Config)
+    print(plan(config, args.ranks, args.classes))
     return 0
 
 

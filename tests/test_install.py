@@ -87,8 +87,8 @@ def test_configs_are_found_by_name_from_any_directory(python, clean):
     assert not (clean / "configs").exists()
     said = python("-m", "fastbeit", "plan", "beit_large_in1k", "--gpus=8", "--gpu=h100", "--optim.batch_size", "1024")
     assert said.returncode == 0 and "batch" in said.stdout, said.stderr
-    packed = sorted(path.name for path in (clean / "fastbeit" / "configs").iterdir())
-    assert packed == sorted(path.name for path in (ROOT / "configs").iterdir())
+    packed = sorted(path.name for path in (clean / "fastbeit" / "configs").rglob("*"))
+    assert packed == sorted(path.name for path in (ROOT / "configs").rglob("*"))
 
 
 def test_the_source_distribution_makes_the_same_wheel(tmp_path, clean):

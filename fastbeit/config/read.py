@@ -53,7 +53,7 @@ def _refuse_another_job(values: dict[str, Any], file: Path, model: type[Section]
         alien = sorted(values.keys() & (other.model_fields.keys() - model.model_fields.keys()))
         if model in JOBS and alien:
             raise ConfigError(
-                f"'{file}' is a config of `fastbeit {verb}` ({', '.join(alien)}), and `fastbeit {JOBS[model]}` is asked; "
+                f"'{file}' is a config of `fastbeit {verb}` ({', '.join(alien)}), not of `fastbeit {JOBS[model]}`; "
                 f"{_names(shipped_configs(model))}"
             )
 

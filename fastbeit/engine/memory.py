@@ -147,9 +147,10 @@ def _saved(config: VitConfig, b: int) -> int:
     model = config.model
     D, L, S, M = model.width, model.depth, config.num_patches + 1, config.num_slots
     before, after = _halves(config, b)
-    gathered = M * (b * D + 8)  # the attention's output at the slots, and which they are
+    # the attention's output at the slots, and which they are
+    gathered = 0 if config.objective == "classes" else M * (b * D + 8)
     head = config.num_predictions * (4 * D + b * D + _objective(config))
-    last = S * before + M * after + gathered + head + _pixels(config)
+    last = S * before + M * after + gathered + head + _pixels(config, b)
     if config.engine.checkpoint_blocks:
         # inputs of the blocks before the one that is computed again: the last, or the one before it
         inputs = S * 4 * D
@@ -171,9 +172,9 @@ def _objective(config: VitConfig) -> int:
     return 0 if config.objective != "pixels" else 4 * 3 * math.prod(config.model.patch_size)
 
 
-def _pixels(config: VitConfig) -> int:
-    """Of an image that is classified: its normalised pixels, and the same as patches for the gradient."""
-    return 2 * 4 * 3 * math.prod(config.data.image_size) if config.objective == "classes" else 0
+def _pixels(config: VitConfig, b: int) -> int:
+    """Of an image that is classified: its normalised pixels, and the same as the product of its patches takes them."""
+    return (4 + b) * 3 * math.prod(config.data.image_size) if config.objective == "classes" else 0
 
 
 def _logits(config: VitConfig, num_outputs: int, b: int) -> int:

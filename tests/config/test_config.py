@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from benchmarks.memory import main
 from fastbeit.config.explain import WORDS, explain, known_keys
-from fastbeit.config.finetune import AugmentConfig
+from fastbeit.config.finetune import AugmentConfig, FinetuneConfig
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import as_saved, configure, load_config, read_saved, save_config
 from fastbeit.config.tokenizer import TokenizerTrainConfig
@@ -31,6 +32,16 @@ def write(tmp_path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_that_ships_is_valid(path):
     assert load_config(path, []).optim.batch_size > 0
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("finetune/*.yaml")), ids=lambda path: path.stem)
+def test_every_config_of_fine_tuning_is_valid_and_says_what_to_expect(path, capsys):
+    assert load_config(path.stem, [], FinetuneConfig) == load_config(path, [], FinetuneConfig)
+    text = path.read_text()
+    assert "# Expected: " in text and f"-m fastbeit finetune {path.stem}\n#          out=runs/{path.stem} " in text
+    (command,) = (line for line in text.splitlines() if "benchmarks.memory" in line)
+    assert main(command.partition("benchmarks.memory ")[2].replace("--ranks 1", "--ranks 8").split()) == 0
+    assert capsys.readouterr().out in text
 
 
 def test_overrides_lie_over_the_file_and_the_result_reads_back(write, tmp_path):

@@ -305,9 +305,7 @@ def test_settings_that_do_not_fit_say_what_to_change(tune, pretrained):
 
 def test_a_config_of_pre_training_is_known_for_what_it_is(tmp_path):
     path = write_config(tmp_path / "tiny.yaml")
-    with pytest.raises(
-        ConfigError, match=r"tiny.yaml' is a config of `fastbeit pretrain` \(masking\), and `fastbeit fin"
-    ):
+    with pytest.raises(ConfigError, match=r"tiny.yaml' is a config of `fastbeit pretrain` \(masking\)"):
         load_config(path, [], FinetuneConfig)
     (tmp_path / "fine.yaml").write_text("augment: {mixup: 0}\n")
     with pytest.raises(ConfigError, match=r"is a config of `fastbeit finetune` \(augment\)"):

@@ -209,5 +209,5 @@ def test_ranks_have_one_pipeline_or_an_error_that_names_them(tmp_path):
 
 def test_configs_leave_it_to_the_machine():
     assert "pipeline" not in SETTINGS["data"]
-    for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"):
+    for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml"):
         assert "pipeline" not in path.read_text()
