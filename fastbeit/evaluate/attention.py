@@ -38,6 +38,15 @@ class Reference:
         return self.points or tuple(dict.fromkeys(middles)), block
 
 
+UNCHOSEN = Reference()
+
+
+def grid_of(model: VisionTransformer) -> Size:
+    """Patches down and across."""
+    (height, width), (patch_height, patch_width) = model.patch_embed.image_size, model.patch_embed.patch_size
+    return height // patch_height, width // patch_width
+
+
 @torch.no_grad()
 def attention_maps(model: VisionTransformer, images: Tensor, points: tuple[Size, ...], block: int) -> Tensor:
     """How much each head attends to each patch, from some patches, of images of which nothing is masked.
@@ -50,7 +59,7 @@ def attention_maps(model: VisionTransformer, images: Tensor, points: tuple[Size,
     Returns:
         [B, points, H, down, across] float32 probabilities. What is missing to 1 goes to the cls token.
     """
-    height, width = (side // patch for side, patch in zip(images.shape[1:3], model.patch_embed.patch_size, strict=True))
+    height, width = grid_of(model)
     masked = torch.zeros(len(images), height * width, dtype=torch.bool, device=images.device)
     tokens = model.embed(images, masked, torch.zeros_like(model.cls_token.flatten()))
     queries = torch.tensor([1 + row * width + column for row, column in points], device=images.device)

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import BeitForImageClassification, BeitModel
 
 from fastbeit.config.sections import Kernels, ModelConfig
 from fastbeit.errors import USAGE, ConfigError
+from fastbeit.evaluate import pictures
 from fastbeit.evaluate.attention import Reference, attention_maps
 from fastbeit.model.classify import Classifier
 from fastbeit.weights import huggingface
@@ -15,13 +18,13 @@ from helpers.dialects import CLASSES, HALF, SIDE, SMALL, VARIANTS, pretrained
 from helpers.weights import randomise
 
 GRID = 4
-POINTS = (0, 0), (1, 3), (3, 1)
 DEPTH = 3
+PER_BLOCK: dict[str, Any] = SMALL | {"relative_position": "per_block"}
 
 
 def classifier(**fields: Any) -> Classifier:
     torch.manual_seed(0)
-    config = ModelConfig(**SMALL | {"relative_position": "per_block"} | fields)
+    config = ModelConfig(**PER_BLOCK | fields)
     model = Classifier(config, image_size=(SIDE, SIDE), num_classes=CLASSES, mean=HALF, std=HALF, kernels=Kernels())
     randomise(model)
     return model
@@ -31,9 +34,9 @@ def classifier(**fields: Any) -> Classifier:
 @pytest.mark.parametrize("kind", ["pre-trained", "fine-tuned"])
 def test_maps_are_those_of_transformers(tmp_path, variant, kind):
     """Of each block: all rows of its probabilities, by their own code from our weights."""
-    fields = VARIANTS[variant] | {"depth": DEPTH}
+    fields: dict[str, Any] = VARIANTS[variant] | {"depth": DEPTH}
     model = pretrained(**fields) if kind == "pre-trained" else classifier(**fields)
-    config = ModelConfig(**SMALL | ({"relative_position": "per_block"} if kind == "fine-tuned" else {}) | fields)
+    config = ModelConfig(**(SMALL if kind == "pre-trained" else PER_BLOCK) | fields)
     huggingface.write(model.state_dict(), config, (SIDE, SIDE), HALF, HALF, tmp_path)
     options: dict[str, Any] = dict(attn_implementation="eager", output_attentions=True)
     if kind == "pre-trained":
@@ -86,3 +89,33 @@ def test_what_the_model_has_not_is_said(reference, message):
     with pytest.raises(ConfigError, match=message) as caught:
         reference.resolved((7, 14), 12)
     assert caught.value.exit_code == USAGE
+
+
+def test_the_picture_has_a_row_a_point_and_a_column_a_head(tmp_path, monkeypatch):
+    """In each map the brightest patch has a place of its own; the image is red."""
+    maps = torch.zeros(1, 2, 3, GRID, GRID)
+    for point in range(2):
+        for head in range(3):
+            maps[0, point, head, head, point + 1] = 0.3 - 0.1 * head
+            maps[0, point, head, 3, 0] = 0.05
+    monkeypatch.setattr(pictures, "attention_maps", lambda *_: maps)
+    images = torch.tensor([255, 0, 0], dtype=torch.uint8).expand(1, SIDE, SIDE, 3)
+    path = pictures.draw_attention(classifier(), images, ((0, 3), (3, 3)), 2, tmp_path / "maps.png")
+    with Image.open(path) as file:
+        drawn = np.asarray(file.convert("RGB")).astype(int)
+    tile = 1.1 * 110  # pixels, of which 32 of 33 are no gap
+    title = drawn.shape[0] - 2 * tile
+    colours = np.empty((2, 4, GRID, GRID, 3), int)
+    for row, column, y, x in np.ndindex(colours.shape[:4]):
+        down, across = ((place + 0.5) * tile * 32 / 33 / GRID for place in (y, x))
+        colours[row, column, y, x] = drawn[int(title + row * tile + down), int(column * tile + across)]
+    assert (colours[:, 0] == [255, 0, 0]).all()
+    bright = colours[:, 1:].sum(4) > 600
+    assert torch.equal(torch.from_numpy(bright), maps[0] > 0.05)
+    # black, where nothing is attended to
+    assert (colours[:, 1:, :3][~bright[:, :, :3]] <= [0, 0, 4]).all()
+
+
+def test_a_map_that_is_the_same_everywhere_is_bright_everywhere():
+    colours = pictures._coloured(torch.full((2, 2), 1 / 9), (3, 4))
+    assert colours.shape == (6, 8, 3) and (colours.int() - torch.tensor([252, 253, 191])).abs().max() <= 4
