@@ -10,7 +10,7 @@ import torch
 from fastbeit.cli import main
 from fastbeit.data.index.scan import build_index
 from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, DONE, USAGE
-from fastbeit.evaluate import finetuned_page
+from fastbeit.evaluate import finetuned_page, mistakes
 from fastbeit.evaluate.finetuned_page import Judged, verdict
 from fastbeit.evaluate.finetuned_run import open_finetuning
 from fastbeit.evaluate.mistakes import Answers, examine
@@ -71,7 +71,13 @@ def test_the_page_stands_alone(tmp_path, capsys, indexes):
     assert f"{weakest.num_right:,} of {weakest.num_images:,}" in page
 
 
-def test_a_model_that_guesses_is_called_so(tmp_path, capsys, indexes):
+@pytest.fixture
+def few_pictures(monkeypatch):
+    """Twenty take seconds to draw."""
+    monkeypatch.setattr(mistakes, "NUM_MISTAKES", 2)
+
+
+def test_a_model_that_guesses_is_called_so(tmp_path, capsys, indexes, few_pictures):
     run = write_run(tmp_path / "run", indexes, CLASSES, always("dog"))
     assert main(["report", str(run)]) == DONE
     assert said(capsys) == (
@@ -80,7 +86,7 @@ def test_a_model_that_guesses_is_called_so(tmp_path, capsys, indexes):
     )
 
 
-def test_averaged_weights_are_judged_where_there_are(tmp_path, capsys, indexes):
+def test_averaged_weights_are_judged_where_there_are(tmp_path, capsys, indexes, few_pictures):
     run = write_run(tmp_path / "run", indexes, CLASSES, always("dog"), always("cat").state_dict())
     assert main(["report", str(run)]) == DONE
     assert said(capsys).startswith("The model is right on 25.0% of 24 held-out images (among its five most likely")
