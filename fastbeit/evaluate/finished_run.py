@@ -22,6 +22,8 @@ from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
 from fastbeit.train.stop import Stop
 
+UNREADABLE = ConfigError, OSError, ValueError, RecursionError  # a config.yaml that is not there, or damaged
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -73,11 +75,10 @@ def open_run(run: Path) -> Trained:
     Raises:
         RunError: no run (2), no checkpoint (78), or its images or tokenizer are gone (66) or others by now (78).
     """
-    if not (run / "config.yaml").is_file() and not (run / "checkpoints").is_dir():
-        raise RunError(f"'{run}' is no run directory: it has no config.yaml", USAGE)
+    check_run(run)
     checkpoint = resolve_checkpoint(run)
     state = load_state(checkpoint)
-    config = _with_a_pipeline(_settings_of(run, state))
+    config = _with_a_pipeline(as_saved(Config, settings_of(run, state)))
     if config.objective == "tokens" and not Path(config.tokenizer.path).exists():
         raise RunError(f"the run's tokenizer '{config.tokenizer.path}' is gone", DATA_MISSING)
     world = World(rank=0, size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -109,14 +110,36 @@ def open_run(run: Path) -> Trained:
     )
 
 
-def _settings_of(run: Path, state: dict[str, Any]) -> Config:
-    """Those of `config.yaml`, or of the checkpoint where that cannot be read."""
+def check_run(run: Path) -> None:
+    """
+    Raises:
+        RunError: it is no run directory (2).
+    """
+    if not (run / "config.yaml").is_file() and not (run / "checkpoints").is_dir():
+        raise RunError(f"'{run}' is no run directory: it has no config.yaml", USAGE)
+
+
+def is_finetuning(run: Path) -> bool:
+    """Whether a run directory holds a fine-tuning, by its settings.
+
+    Raises:
+        RunError: as `open_run`.
+    """
+    check_run(run)
     try:
         values = read_saved(run / "config.yaml")
-    except (ConfigError, OSError, ValueError, RecursionError) as err:
+    except UNREADABLE:
+        values = load_state(resolve_checkpoint(run)).get("config", {})
+    return "augment" in values
+
+
+def settings_of(run: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Those of `config.yaml`, or of the checkpoint where that cannot be read."""
+    try:
+        return read_saved(run / "config.yaml")
+    except UNREADABLE as err:
         print(f"config.yaml cannot be read ({err}): settings are taken from the checkpoint", file=sys.stderr)
-        values = state.get("config", {})
-    return as_saved(Config, values)
+        return state.get("config", {})
 
 
 def _with_a_pipeline(config: Config) -> Config:

@@ -15,6 +15,7 @@ from pathlib import Path
 from fastbeit.config.read import load_config, shipped_configs
 from fastbeit.data.demo_photos import gather_photos
 from fastbeit.errors import DONE, writing
+from fastbeit.evaluate.attention import UNCHOSEN
 from fastbeit.evaluate.finished_run import Figures
 from fastbeit.files import write_whole
 from fastbeit.jobs.index import index
@@ -68,7 +69,7 @@ def _jobs(out: Path, overrides: list[str], num_crops: int) -> Iterator[tuple[lis
     words = ["pretrain", str(file), *settings]
     yield words, lambda: pretrain(load_config(file, settings), ["fastbeit", *words])
     run, page = out / "run", out / "report.html"
-    yield ["report", str(run), "-o", str(page)], partial(report, run, page, num_crops)
+    yield ["report", str(run), "-o", str(page)], partial(report, run, page, num_crops, UNCHOSEN)
 
 
 def _say_what_was_learnt(figures: Figures, num_photos: int) -> str:

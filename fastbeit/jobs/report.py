@@ -1,103 +1,86 @@
-"""The page of a run: what it learnt, measured on held-out images and drawn; one HTML file that needs no network."""
+"""The page of a run: what it learnt, measured on held-out images and drawn; one HTML file that needs no network.
 
-import base64
+A fine-tuning's page is made by `evaluate/finetuned_page.py`.
+"""
+
 import json
 import math
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
-import yaml
+from fastbeit.errors import DONE, writing
+from fastbeit.evaluate import finetuned_page
+from fastbeit.evaluate import page as html
+from fastbeit.evaluate.attention import UNCHOSEN, Reference
+from fastbeit.evaluate.finished_run import Figures, Trained, is_finetuning, measure, open_run
+from fastbeit.files import read_records, write_whole
 
-from fastbeit.errors import DONE, USAGE, RunError, writing
-from fastbeit.evaluate.finished_run import Figures, Trained, measure, open_run
-from fastbeit.files import read_records, try_to_write, write_whole
 
-
-def report(run_folder: Path, page: Path | None, num_crops: int) -> int:
+def report(run_folder: Path, page: Path | None, num_crops: int, reference: Reference) -> int:
     """Write the page and say what it says first; returns the exit code. Arguments as of `write_report`."""
-    written, figures = write_report(run_folder, page, num_crops)
-    print(f"{verdict(figures)}\nreport: {written}")
+    if is_finetuning(run_folder):
+        written, said = finetuned_page.write_report(run_folder, page, reference)
+    else:
+        written, figures = write_report(run_folder, page, num_crops, reference)
+        said = verdict(figures)
+    print(f"{said}\nreport: {written}")
     return DONE
 
 
-def write_report(run_folder: Path, page: Path | None, num_crops: int) -> tuple[Path, Figures]:
-    """Measure and draw a run: PNG files and `report.json` in RUN/report, and one self-contained HTML page.
+def write_report(
+    run_folder: Path, page: Path | None, num_crops: int, reference: Reference = UNCHOSEN
+) -> tuple[Path, Figures]:
+    """Measure and draw a pre-training: PNG files and `report.json` in RUN/report, and one self-contained HTML page.
 
     Args:
         page: where the page goes; RUN/report.html when None.
         num_crops: crops that each figure is measured on.
+        reference: whose attention is drawn.
 
     Raises:
-        RunError: as `open_run`; matplotlib is missing (2); the page or a file of RUN/report cannot be written (74).
+        RunError: as `open_run`; the model has no such patch or block, or matplotlib is missing (2); the page or a file
+            of RUN/report cannot be written (74).
     """
-    try:
-        from fastbeit.evaluate import pictures
-    except ImportError as err:
-        raise RunError(f"the report wants matplotlib ({err}); pip install 'fastbeit[demo]'", USAGE) from None
-    page = page or run_folder / "report.html"
-    run, folder = open_run(run_folder), run_folder / "report"
-    with writing(f"the report of '{run_folder}'"):
-        # not to find out after it was measured
-        for path in page, folder / "report.json":
-            try_to_write(path)
+    pictures, run = html.import_pictures(), open_run(run_folder)
+    points, block = reference.resolved(run.config.grid, run.config.model.depth)
+    page, folder = html.places(run_folder, page)
     figures = measure(run, num_crops)
     # the last line may still be on its way
     lines, _ = read_records(run_folder / "log.jsonl")
     facts = {"step": run.state["step"], "crops": num_crops, "figures": asdict(figures)}
     with writing(f"the report of '{run_folder}'"):
         folder.mkdir(exist_ok=True)
+        look = pictures.look_at(run)
         images = {
-            "predictions": pictures.draw_predictions(run, folder / "predictions.png"),
+            "predictions": pictures.draw_predictions(run, look, folder / "predictions.png"),
+            "attention": pictures.draw_attention(run.model, look.images, points, block, folder / "attention.png"),
             "curves": pictures.draw_curves(lines, figures, folder / "curves.png"),
         }
         write_whole(folder / "report.json", json.dumps(facts, indent=1))
-        write_whole(page, _page(run_folder, run, figures, num_crops, images))
+        write_whole(page, _page(run_folder, run, figures, num_crops, block, images))
     return page, figures
 
 
-STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 2rem 1rem 4rem }
-h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem }
-.lead { font-size: 1.15rem; max-width: 46rem } .quiet { opacity: .7; font-size: .9rem; max-width: 52rem }
-img { width: 100%; height: auto; background: #fff; border-radius: 6px } img.narrow { max-width: 46rem }
-table { border-collapse: collapse } th { text-align: left; font-weight: 600 }
-td, th { padding: .3rem 1.5rem .3rem 0; border-bottom: 1px solid #8884 }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
-pre { overflow-x: auto; padding: 1rem; border-radius: 6px; background: #8881; font-size: .85rem }
-"""
-
-
-def _page(run_folder: Path, run: Trained, figures: Figures, num_crops: int, images: dict[str, Path]) -> str:
-    source = {
-        name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" for name, path in images.items()
-    }
-    rows = "".join(
-        f'<tr><td>{escape(name)}</td><td class="number">{held_out}</td><td class="number">{train}</td></tr>'
-        for name, held_out, train in table(figures)
-    )
+def _page(run_folder: Path, run: Trained, figures: Figures, num_crops: int, block: int, images: dict[str, Path]) -> str:
     asked = "held-out images" if figures.held_out else "training images (none were held out)"
-    versions = ", ".join(f"{name} {version}" for name, version in run.state.get("versions", {}).items())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>fastbeit: {escape(run_folder.name)}</title><style>{STYLE}</style></head><body>
-<h1>What this run learnt</h1>
-<p class="lead">{escape(verdict(figures))}</p>
-<table><tr><th></th><th>{asked}</th><th>unseen crops of training images</th></tr>{rows}</table>
-<p class="quiet">{escape(_explain(figures, num_crops))}</p>
+    columns = "original, true tokens, masked input, prediction, entropy"
+    body = f"""
+{html.table(["", asked, "unseen crops of training images"], table(figures))}
+{html.note(_explain(figures, num_crops))}
 <h2>What it makes of {"images that it has not seen" if figures.held_out else "images"}</h2>
-<img class="narrow" alt="original, true tokens, masked input, prediction, entropy" src="{source["predictions"]}">
-<p class="quiet">{escape(_caption(run))}</p>
+{html.picture(images["predictions"], columns, "narrow")}
+{html.note(_caption(run))}
+{html.attention_part(images["attention"], block, run.config.model.depth)}
 <h2>How it got there</h2>
-<img alt="loss, accuracy and learning rate by step" src="{source["curves"]}">
+{html.picture(images["curves"], "loss, accuracy and learning rate by step")}
 <h2>What it was</h2>
 <p class="quiet">{len(run.index):,} training images, {len(run.val_index) if run.val_index else 0:,} held out. Step
-{run.state["step"]:,}, checkpoint {escape(str(run.checkpoint))}. {escape(versions)}. To train it again:
+{run.state["step"]:,}, checkpoint {escape(str(run.checkpoint))}. {escape(html.versions(run.state))}. To train it again:
 <code>fastbeit pretrain {escape(str(run_folder / "config.yaml"))} out=ANOTHER</code>; to draw this page again:
 <code>fastbeit report {escape(str(run_folder))}</code></p>
-<pre>{escape(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))}</pre></body></html>
-"""
+{html.settings(run.config)}"""
+    return html.document(run_folder, "What this run learnt", verdict(figures), body)
 
 
 def table(figures: Figures) -> list[tuple[str, str, str]]:

@@ -246,8 +246,11 @@ class Attention(nn.Module):
         Returns:
             [B, M or S, D].
         """
-        qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = self.qkv(x, qkv_bias).unflatten(2, (3, self.num_heads, -1))  # [B, S, 3, H, K]
-        bias = expand_bias_table(self) if self.has_table else bias
-        out = attend(qkv, bias, self.backend, self.workspace_mib)
+        out = attend(*self.operands(x, bias), self.backend, self.workspace_mib)
         return self.proj(out if slots is None else take(out, slots))
+
+    def operands(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What `attend` takes: qkv [B, S, 3, H, K] of x [B, S, D], and this block's own bias or the shared one."""
+        qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = self.qkv(x, qkv_bias).unflatten(2, (3, self.num_heads, -1))
+        return qkv, expand_bias_table(self) if self.has_table else bias

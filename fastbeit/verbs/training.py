@@ -92,18 +92,41 @@ def doctor_verb(args: list[str]) -> int:
 
 def report_verb(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "fastbeit report", description="Measure and draw what a run learnt: PNG files and one HTML page."
+        "fastbeit report",
+        description="Measure and draw what a pre-training or a fine-tuning learnt: PNG files and one HTML page.",
     )
     parser.add_argument("run", type=path, help="run directory")
     parser.add_argument("-o", "--output", type=path, help="the page; RUN/report.html when not given")
     parser.add_argument(
-        "--crops", type=int, default=NUM_CROPS, help="measured of held-out and of training images, each"
+        "--crops",
+        type=int,
+        default=NUM_CROPS,
+        help="of a pre-training: measured of held-out and of training images, each. A fine-tuning is measured on each "
+        "held-out image once",
     )
+    parser.add_argument(
+        "--points",
+        type=_point,
+        nargs="+",
+        metavar="ROW,COLUMN",
+        help="patches whose attention maps are drawn, from 0,0; the centre and the thirds of the grid when not given",
+    )
+    parser.add_argument("--block", type=int, metavar="N", help="whose maps, from 1; the last when not given")
     options = parser.parse_args(args)
 
+    from fastbeit.evaluate.attention import Reference
     from fastbeit.jobs.report import report
 
-    return report(options.run, options.output, max(1, options.crops))
+    reference = Reference(tuple(options.points) if options.points else None, options.block)
+    return report(options.run, options.output, max(1, options.crops), reference)
+
+
+def _point(text: str) -> tuple[int, int]:
+    try:
+        row, column = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted row and column of a patch, such as 7,3; got '{text}'") from None
+    return row, column
 
 
 def demo_verb(args: list[str]) -> int:

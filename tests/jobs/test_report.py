@@ -1,18 +1,14 @@
 """The page of a run: what it shows is what the run did, and it needs nothing but itself."""
 
-import base64
 import errno
-import io
 import json
 import os
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from fastbeit.config.read import load_config
@@ -20,6 +16,7 @@ from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.index.scan import build_index
 from fastbeit.errors import RunError
 from fastbeit.evaluate import finished_run
+from fastbeit.evaluate.attention import Reference
 from fastbeit.evaluate.finished_run import Figures, open_run
 from fastbeit.evaluate.masked import unigram_baseline
 from fastbeit.evaluate.pictures import GRAY, Look, entropy_map, hide, look_at, make_panels
@@ -28,7 +25,10 @@ from fastbeit.jobs.report import verdict, write_report
 from fastbeit.tokenizer.disk import save_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder
 from helpers.faults import refuse
+from helpers.pages import pictures_of
 from helpers.tiny import make_parts, make_photos, make_tokenizer, write_config
+
+PARTS = "attention.png", "curves.png", "predictions.png", "report.json"
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,6 @@ def make_run(tmp_path_factory):
         return folder / name
 
     return make_run
-
-
-class Links(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.sources: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
 
 
 @pytest.mark.parametrize("problem", [None, "No module named 'nvidia'"], ids=["DALI", "no DALI"])
@@ -74,14 +63,9 @@ def test_a_run_by_dali_is_measured_where_there_is_none(make_run, monkeypatch, ca
 def test_the_page_stands_alone(make_run, objective):
     run = make_run(objective, f"objective={objective}", "optim.steps=3", "log.val_every=2")
     page, figures = write_report(run, None, num_crops=40)
-    links = Links()
-    links.feed(page.read_text())
-    assert links.tags.count("img") == 2
-    assert all(source.startswith("data:image/png;base64,") for source in links.sources)
-    assert "http" not in page.read_text() and "url(" not in page.read_text()
-    drawn = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size for source in links.sources]
-    assert all(min(size) > 300 for size in drawn)
-    assert {path.name for path in (run / "report").iterdir()} == {"curves.png", "predictions.png", "report.json"}
+    drawn = pictures_of(page.read_text())
+    assert len(drawn) == 3 and all(min(picture.size) > 300 for picture in drawn)
+    assert {path.name for path in (run / "report").iterdir()} == set(PARTS)
     assert json.loads((run / "report/report.json").read_text())["figures"]["loss"] == figures.loss
     assert f"{figures.loss:.3f}" in page.read_text() and verdict(figures)[:20] in page.read_text()
     assert (figures.baseline is None) == (objective == "pixels")
@@ -190,6 +174,13 @@ def test_a_report_of_a_run_without_held_out_images_says_so(make_run):
         log.write('{"step": 2, "lo')
     page, figures = write_report(run, None, num_crops=12)
     assert not figures.held_out and "none were held out" in page.read_text()
+
+
+def test_a_patch_that_the_model_has_not_is_said_before_anything_is_measured(make_run, monkeypatch):
+    run = make_run("alone", "optim.steps=1", "data.val_index=")
+    monkeypatch.setattr("fastbeit.jobs.report.measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(RunError, match="--points 4,0 is no patch of a grid of 4 x 4"):
+        write_report(run, None, 12, Reference(points=((4, 0),)))
 
 
 def test_a_folder_that_is_no_run_or_has_no_checkpoint_is_said(make_run, tmp_path):

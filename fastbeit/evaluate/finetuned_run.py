@@ -1,0 +1,97 @@
+"""A fine-tuning that was run: its newest checkpoint, opened, and whether there are images to judge it by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbeit.config.finetune import FinetuneConfig
+from fastbeit.config.read import as_saved
+from fastbeit.config.sections import DataConfig, KernelsConfig
+from fastbeit.data.index.reader import Index, open_index
+from fastbeit.errors import CHECKPOINT_UNUSABLE, RunError
+from fastbeit.evaluate.finished_run import check_run, settings_of
+from fastbeit.model.classify import Classifier
+from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
+from fastbeit.train.ema import PREFIX
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A fine-tuning's newest checkpoint, ready to be asked."""
+
+    config: FinetuneConfig
+    device: torch.device
+    checkpoint: Path
+    state: dict[str, Any]
+    model: Classifier  # with averaged weights, where there are
+    classes: Sequence[str]  # names, in the order of the head
+    index: Index
+    val_index: Index | None
+
+    @property
+    def data(self) -> DataConfig:
+        """For evaluation: the middle of an image is decoded by Pillow or torch alone."""
+        pipeline = "pillow" if self.config.data.pipeline == "pillow" else "torch"
+        return self.config.data.model_copy(update={"pipeline": pipeline})
+
+    @property
+    def lack(self) -> str:
+        """Why no images can judge it; empty: they can."""
+        if self.val_index is None:
+            return "no images were held out (data.val_index is empty)"
+        bare = int(np.count_nonzero(self.val_index.labels < 0))
+        if bare:
+            return f"{bare:,} of its {len(self.val_index):,} held-out images have no label"
+        return ""
+
+
+def open_finetuning(run: Path) -> Finetuned:
+    """Load the newest verified checkpoint of a fine-tuning's directory.
+
+    Raises:
+        RunError: no run (2), no checkpoint or one that does not fit its settings (78), or its images are gone (66).
+    """
+    check_run(run)
+    checkpoint = resolve_checkpoint(run)
+    state = load_state(checkpoint)
+    config = as_saved(FinetuneConfig, settings_of(run, state))
+    classes = state.get("classes")
+    if not isinstance(classes, list) or not classes:
+        raise RunError(f"'{checkpoint}' does not name its classes: not of a fine-tuning", CHECKPOINT_UNUSABLE)
+    model = Classifier(
+        config.model,
+        image_size=config.data.image_size,
+        num_classes=len(classes),
+        mean=config.data.mean,
+        std=config.data.std,
+        # any of them would do: nothing is trained
+        kernels=KernelsConfig(backend="reference").by_op,
+        pooling=config.model.pooling,
+    )
+    try:
+        model.load_state_dict(_kept(load_model(checkpoint)))
+    except RuntimeError as err:
+        problem = str(err).splitlines()[0]
+        raise RunError(f"'{checkpoint}' does not fit the run's model: {problem}", CHECKPOINT_UNUSABLE) from err
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Finetuned(
+        config=config,
+        device=device,
+        checkpoint=checkpoint,
+        state=state,
+        model=model.to(device),
+        classes=classes,
+        index=open_index(Path(config.data.index)),
+        val_index=open_index(Path(config.data.val_index)) if config.data.val_index else None,
+    )
+
+
+def _kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The averaged weights where there are, as validation sees them."""
+    averaged = {name.removeprefix(PREFIX): one for name, one in weights.items() if name.startswith(PREFIX)}
+    return averaged or weights
