@@ -22,7 +22,19 @@ from fastbeit.weights.models import ModelWeights, read_model
 from fastbeit.weights.pickles import Record
 from fastbeit.weights.torchfile import open_torch
 from helpers import dialects
-from helpers.dialects import SMALL, VARIANTS, finetuned, images, ours, plain_vit, pretrained, save, trainers_file
+from helpers.dialects import (
+    CLASS_NAMES,
+    SMALL,
+    VARIANTS,
+    finetuned,
+    finetuned_run,
+    images,
+    ours,
+    plain_vit,
+    pretrained,
+    save,
+    trainers_file,
+)
 
 IMAGENET = (0.485, 0.456, 0.406)
 
@@ -377,37 +389,24 @@ def test_a_conversion_is_read_as_it_was(tmp_path, capsys):
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.safetensors", "model.json"}
 
 
-def fine_tuning(folder: Path, weights: dict[str, Tensor], classes: Any = None, **data: Any) -> Path:
-    """A run of `fastbeit finetune`."""
-    data = {"image_size": [32, 32], "mean": dialects.HALF, "std": dialects.HALF, **data}
-    model = {**SMALL, "relative_position": "per_block", "pooling": "mean"}
-    save_checkpoint(
-        folder / "checkpoints", 3, weights, {}, {"config": {"model": model, "data": data}, "classes": classes}
-    )
-    return folder
-
-
-CLASSES = [f"n{i:08}" for i in range(dialects.CLASSES)]
-
-
 def test_a_fine_tuning_names_its_classes_and_so_do_its_conversion_and_its_export(tmp_path):
-    run = fine_tuning(tmp_path / "run", finetuned(), CLASSES, levels=[0, 4095])
+    run = finetuned_run(tmp_path / "run", finetuned(), CLASS_NAMES, levels=[0, 4095])
     found = read_model(run)
-    assert found.classes == CLASSES and found.levels == (0, 4095)
+    assert found.classes == CLASS_NAMES and found.levels == (0, 4095)
     assert main(["convert", str(run), "-o", str(tmp_path / "converted")]) == 0
     again = read_model(tmp_path / "converted")
-    assert again.classes == CLASSES and again.levels == (0, 4095)
+    assert again.classes == CLASS_NAMES and again.levels == (0, 4095)
     assert main(["export", str(run), "--to", "hf", "-o", str(tmp_path / "hf")]) == 0
     config = json.loads((tmp_path / "hf/config.json").read_text())
-    assert config["id2label"] == {str(i): name for i, name in enumerate(CLASSES)}
-    assert config["label2id"] == {name: i for i, name in enumerate(CLASSES)}
-    assert read_model(tmp_path / "hf").classes == CLASSES
+    assert config["id2label"] == {str(i): name for i, name in enumerate(CLASS_NAMES)}
+    assert config["label2id"] == {name: i for i, name in enumerate(CLASS_NAMES)}
+    assert read_model(tmp_path / "hf").classes == CLASS_NAMES
     same(read_model(tmp_path / "hf").tensors, found.tensors)
 
 
 def test_classes_that_nobody_names(tmp_path):
     """transformers writes LABEL_0 and so on; an encoder's file may name what its lost head was for."""
-    run = fine_tuning(tmp_path / "run", finetuned())
+    run = finetuned_run(tmp_path / "run", finetuned())
     assert read_model(run).classes is None
     assert main(["export", str(run), "--to", "hf", "-o", str(tmp_path / "hf")]) == 0
     assert "LABEL_6" in (tmp_path / "hf/config.json").read_text() and read_model(tmp_path / "hf").classes is None
@@ -423,14 +422,16 @@ def test_classes_that_nobody_names(tmp_path):
 
 def test_names_of_classes_that_are_none_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="names 6 classes, and has a head of 7"):
-        read_model(fine_tuning(tmp_path / "few", finetuned(), CLASSES[:-1]))
+        read_model(finetuned_run(tmp_path / "few", finetuned(), CLASS_NAMES[:-1]))
     with pytest.raises(WeightsError, match="state.json cannot be read: .*classes"):
-        read_model(fine_tuning(tmp_path / "numbers", finetuned(), [1, 2]))
+        read_model(finetuned_run(tmp_path / "numbers", finetuned(), [1, 2]))
 
 
 def test_where_a_training_kept_an_average_it_is_the_model(tmp_path):
     last, average = finetuned(seed=1), finetuned(seed=2)
-    run = fine_tuning(tmp_path / "run", last | {f"average.{name}": tensor for name, tensor in average.items()}, CLASSES)
+    run = finetuned_run(
+        tmp_path / "run", last | {f"average.{name}": tensor for name, tensor in average.items()}, CLASS_NAMES
+    )
     found = read_model(run)
     same(found.tensors, average)
     accounted_for(found, [*last, *(f"average.{name}" for name in average)])
