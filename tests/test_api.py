@@ -137,3 +137,11 @@ def test_a_pre_training_from_a_notebook(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="stopped before its end, and saved in .*; the same call again") as caught:
         fastbeit.pretrain(config, settings, out=tmp_path / "run")
     assert caught.value.exit_code == PREEMPTED
+
+
+def test_a_clear_colour_of_a_pil_image_is_laid_on_white(tmp_path):
+    photo = photos.small_photo()
+    photo.paste((1, 2, 3), (0, 0, 128, 48))
+    photo.save(tmp_path / "clear.png", transparency=(1, 2, 3))
+    found = view_of(Image.open(tmp_path / "clear.png"), DATA)
+    assert np.array_equal(found, view_of(tmp_path / "clear.png", DATA)) and (found[4] == 255).all()

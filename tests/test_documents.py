@@ -29,6 +29,7 @@ JOBS = (
     "jobs.export.export",
     "jobs.features.features",
     "jobs.predict.predict",
+    "jobs.probe.probe",
     "weights.download.fetch_tokenizer",
 )
 

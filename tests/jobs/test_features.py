@@ -129,3 +129,14 @@ def test_a_file_of_rows_is_never_in_memory(tmp_path):
     with safe_open(tmp_path / "x.safetensors", "pt") as opened:
         assert opened.metadata() == {"said": "é"} and torch.equal(opened.get_tensor("number")[:64], torch.arange(64))
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_wide_numbers_begin_at_multiples_of_their_width(tmp_path):
+    with RowFile(tmp_path / "x.safetensors") as file:
+        file.add({"a": np.ones((3, 1), np.float32), "b": np.arange(3)})
+        file.finish({})
+    data = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert (8 + length + header["b"]["data_offsets"][0]) % 8 == 0
+    assert load_file(tmp_path / "x.safetensors")["b"].tolist() == [0, 1, 2]
