@@ -6,19 +6,20 @@ Several ranks share the images, and say the same in the end.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastbeit.config.sections import DataConfig
-from fastbeit.data.index.reader import Index
+from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.labelled import make_eval_loader
 from fastbeit.data.progress import Progress
 from fastbeit.engine.ranks import World
 from fastbeit.errors import ConfigError, DataError, RunError
 from fastbeit.evaluate.features import Kind, features_of
-from fastbeit.evaluate.knn import Neighbours, joined, nearest, num_right
+from fastbeit.evaluate.knn import K, Neighbours, joined, nearest, num_right
 from fastbeit.model.vit import VisionTransformer
 from fastbeit.plural import counted
 from fastbeit.train.stop import Stop, StopWanted
@@ -51,21 +52,22 @@ class Cached:
 def classes_of(train: Index, val: Index) -> Classes:
     """
     Raises:
-        DataError: an index has no labels (66).
+        DataError: an image has no label (66).
         ConfigError: there is one class, or the two indices have none in common.
     """
     for index in (train, val):
-        if not (index.labels >= 0).any():
+        if num_bare := int((index.labels < 0).sum()):
             raise DataError(
-                f"'{index.location}' has no labels, and a probe wants the class of each image: a folder named as it, a "
-                ".cls member beside it, a label column, or a list with classes; make the index again"
+                f"{num_bare:,} of {len(index):,} images of '{index.location}' have no label, and a probe wants the "
+                "class of each: a folder named as it, a .cls member beside it, a label column, or a list with classes; "
+                "make the index again"
             )
-    names = [train.class_names[label] for label in np.unique(train.labels[train.labels >= 0])]
+    names = [train.class_names[label] for label in np.unique(train.labels)]
     if len(names) < 2:
         raise ConfigError(f"all images of '{train.location}' are of one class, {names[0]!r}; a probe wants two or more")
     row_of = {name: row for row, name in enumerate(names)}
     rows = [np.array([row_of.get(name, -1) for name in index.class_names]) for index in (train, val)]
-    present = rows[1][np.unique(val.labels[val.labels >= 0])]
+    present = rows[1][np.unique(val.labels)]
     if (present < 0).all():
         raise ConfigError(
             f"'{val.location}' and '{train.location}' have no class in common: {val.class_names[0]!r} there, "
@@ -94,7 +96,7 @@ def extract(
         what: said on stderr with how far it is; empty: nothing is.
 
     Raises:
-        DataError: an image has no label, or the data are gone (66).
+        DataError: the data are gone (66).
     """
     loader = make_eval_loader(data, index, batch_size=MAX_BATCH * world.size, rank=world.rank, world_size=world.size)
     half = dtype != torch.float32
@@ -168,6 +170,40 @@ def knn(train: Cached, val: Cached, num_classes: int, k: int, world: World, stop
         first, among = num_right(merged, wanted, num_classes)
         figures.append(KnnFigures(first / len(wanted), among / len(wanted)))
     return figures
+
+
+@dataclass(frozen=True)
+class KnnProbe:
+    """k-NN on one block's features, cls and the mean over the patches, while a model is trained."""
+
+    data: DataConfig
+    index: Index
+    val_index: Index
+    classes: Classes
+    block: int
+
+    def see(self, model: VisionTransformer, dtype: torch.dtype, world: World, stop: Stop) -> KnnFigures:
+        """All ranks must call it, and get the same; errors as `knn`."""
+        how = [self.block], "concat", world, dtype
+        with together(world, stop):
+            known = extract(model, self.data, self.index, self.classes.train, *how)
+            asked = extract(model, self.data, self.val_index, self.classes.val, *how)
+        (figures,) = knn(known, asked, len(self.classes), K, world, stop)
+        return figures
+
+
+def open_probe(data: DataConfig, index: Path, val_index: Path, block: int) -> KnnProbe:
+    """
+    Args:
+        data: of the training.
+
+    Raises:
+        DataError: an index is not there, or an image has no label (66).
+        ConfigError: as `classes_of`.
+    """
+    train, val = (open_index(path, data.levels) for path in (index, val_index))
+    # DALI makes no centre crops
+    return KnnProbe(data.model_copy(update={"pipeline": "torch"}), train, val, classes_of(train, val), block)
 
 
 def strange(classes: Classes) -> str:

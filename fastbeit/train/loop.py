@@ -51,7 +51,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Look:
-    """An evaluation that runs every so many steps: held-out loss, reconstructions."""
+    """An evaluation that runs every so many steps, whose time is not theirs: held-out loss, reconstructions."""
 
     name: str  # of the event in the log
     every: int  # steps; 0: at the end alone
@@ -178,7 +178,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     def look_on(look: Look) -> None:
         nonlocal lost
         try:
-            _see(log, look, average.model or model, step, stop)
+            with meter.paused():
+                _see(log, look, average.model or model, step, stop)
         except RunError as err:
             # told to all ranks with the next batch: no step that was taken is lost
             lost = err
@@ -355,6 +356,7 @@ def _say(log: RunLog, task: Task, meter: Meter, place: dict[str, float], num_bad
 
 
 def _see(log: RunLog, look: Look, model: nn.Module, step: int, stop: Stop) -> None:
+    began = time.perf_counter()
     # as it is written: batches of other shapes would be compiled for
     with torch.compiler.set_stance("force_eager"):
         try:
@@ -362,7 +364,8 @@ def _see(log: RunLog, look: Look, model: nn.Module, step: int, stop: Stop) -> No
         except StopWanted:
             return
     if reading:
-        log.write({"step": step, "event": look.name, **reading.figures})
+        seconds = time.perf_counter() - began
+        log.write({"step": step, "event": look.name, **reading.figures, "seconds": seconds})
         log.say(f"step {step}  {reading.line}")
 
 

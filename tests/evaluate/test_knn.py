@@ -1,5 +1,7 @@
 """k-NN on features, beside scikit-learn's."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,9 +25,8 @@ def points(number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def sklearn_scores(train, rows, queries, k):
     """[m, C] shares of the votes."""
-    theirs = KNeighborsClassifier(
-        n_neighbors=k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
-    )
+    weights: Any = lambda distance: np.exp((1 - distance) / TEMPERATURE)  # noqa: E731
+    theirs = KNeighborsClassifier(n_neighbors=k, metric="cosine", algorithm="brute", weights=weights)
     return theirs.fit(train.double().numpy(), rows.numpy()).predict_proba(queries.double().numpy())
 
 
