@@ -12,7 +12,7 @@ from fastbeit.process import keep_outputs_harmless, leave
 from fastbeit.verbs.data import data_verb, index_verb, shard_verb, tokenize_verb
 from fastbeit.verbs.tokenizer import tokenizer_verb
 from fastbeit.verbs.training import demo_verb, doctor_verb, finetune_verb, plan_verb, pretrain_verb, report_verb
-from fastbeit.verbs.weights import convert_verb, export_verb
+from fastbeit.verbs.weights import convert_verb, export_verb, features_verb, predict_verb, probe_verb
 
 HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
 
@@ -35,6 +35,9 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit convert FILE -o DIR                     weights of others: the authors', timm's, Hugging Face's, DeiT's
   fastbeit export RUN --to timm|hf|unilm|onnx -o DIR
                                                    a run for the loaders of others, with a model card
+  fastbeit features MODEL SOURCE -o FILE           what a model makes of images, as safetensors
+  fastbeit predict MODEL SOURCE [--json FILE]      their classes, by a fine-tuned model
+  fastbeit probe MODEL --data SOURCE --val SOURCE  linear probe and k-NN on the frozen features of each block
   fastbeit doctor [CONFIG] [key=value ...]         what of this machine a run can use, and whether each kernel is right
   fastbeit doctor --tune [CONFIG] [key=value ...]  and what is fastest on its card, which runs then take
 
@@ -107,5 +110,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "report": report_verb,
     "convert": convert_verb,
     "export": export_verb,
+    "features": features_verb,
+    "predict": predict_verb,
+    "probe": probe_verb,
     "doctor": doctor_verb,
 }

@@ -27,6 +27,9 @@ JOBS = (
     "jobs.plan.plan",
     "jobs.convert.convert",
     "jobs.export.export",
+    "jobs.features.features",
+    "jobs.predict.predict",
+    "jobs.probe.probe",
     "weights.download.fetch_tokenizer",
 )
 
@@ -35,7 +38,7 @@ def commands(text: str, program: str) -> list[str]:
     return re.findall(rf"^    ({program} .*)$", text, re.M)
 
 
-DOCUMENTS = "docs/imagenet.md", "docs/weights.md", "README.md"
+DOCUMENTS = "docs/imagenet.md", "docs/weights.md", "docs/using.md", "README.md"
 TYPED = [command for name in DOCUMENTS for command in commands((ROOT / name).read_text(), "fastbeit")]
 
 

@@ -18,7 +18,7 @@ FLOORS = (
     {"weights"},
     {"evaluate"},
     {"jobs"},
-    {"verbs"},
+    {"verbs", "api"},
     {"cli"},
     {"__main__"},
 )

@@ -16,6 +16,7 @@ from fastbeit.config.sections import (
     OptimConfig,
     PathText,
     PretrainLogConfig,
+    ProbeConfig,
     Section,
     TokenizerConfig,
     grid_of,
@@ -52,6 +53,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     kernels: KernelsConfig = KernelsConfig()
     log: PretrainLogConfig = PretrainLogConfig()
+    probe: ProbeConfig = ProbeConfig()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -76,6 +78,11 @@ class Config(Section):
     def num_masked(self) -> int:
         """Patches of an image that are masked, or may be."""
         return self.masking.num_masked_of(self.num_patches)
+
+    @property
+    def probe_block(self) -> int:
+        """Whose output the probe looks at."""
+        return max(0, 3 * self.model.depth // 4 - 1) if self.probe.block is None else self.probe.block
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":
@@ -114,5 +121,7 @@ class Config(Section):
                 f"data.tokens '{self.data.tokens}' holds visual tokens, and objective={self.objective} predicts none; "
                 "leave data.tokens empty"
             )
+        if self.probe_block >= self.model.depth:
+            yield f"probe.block {self.probe_block} of {self.model.depth} blocks, which are 0 to {self.model.depth - 1}"
         if self.mask == "none" and self.predict == "masked":
             yield "mask=none leaves nothing to predict with predict=masked; set predict=all"

@@ -312,6 +312,25 @@ class EngineConfig(Section):
     )
 
 
+class ProbeConfig(Section):
+    """What the encoder knows of classes so far, by k-NN on its features (`fastbeit probe` looks closer)."""
+
+    index: PathText = Field(default="", description="index of labelled images, which vote; empty: no probe")
+    val_index: PathText = Field(default="", description="index of labelled images whose classes are voted for")
+    every_epochs: Whole = Field(default=0, description="epochs of pre-training between probes; 0: only at the end")
+    block: Whole | None = Field(
+        default=None, description="whose output is looked at, from 0; null: three quarters up, as 8 of 12"
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "ProbeConfig":
+        given = {"index": self.index, "val_index": self.val_index}
+        if len(set(map(bool, given.values()))) == 2:
+            missing = next(name for name, value in given.items() if not value)
+            raise ValueError(f"a probe wants index and val_index, and {missing} is empty; fastbeit index makes one")
+        return self
+
+
 Backend = Literal["auto", "triton", "reference"]
 AttentionBackend = Literal["auto", "triton", "xformers", "sdpa", "eager"]
 

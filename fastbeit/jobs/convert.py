@@ -12,7 +12,17 @@ def convert(path: Path, out: Path, num_heads: int | None) -> str:
     """Write `path`'s weights to `out`; returns a report for the user. Errors as `read_model` and `own.save`."""
     refuse_full(out)
     found = read_model(path, num_heads)
-    save(out, found.tensors, found.model, found.image_size, found.mean, found.std, found.origin)
+    save(
+        out,
+        found.tensors,
+        model=found.model,
+        image_size=found.image_size,
+        mean=found.mean,
+        std=found.std,
+        levels=found.levels,
+        classes=found.classes,
+        origin=found.origin,
+    )
     return f"{describe(found)}\nwritten to {out / WEIGHTS}, every name in {out / 'model.json'}"
 
 

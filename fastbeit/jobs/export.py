@@ -60,7 +60,7 @@ def _write(found: ModelWeights, to: str, folder: Path) -> dict[str, str]:
         name, args = timm.arguments(tensors, model, size)
         return {"architecture": name, "arguments": ", ".join(f"{key}={value!r}" for key, value in args.items())}
     if to == "hf":
-        huggingface.write(tensors, model, size, mean, std, folder)
+        huggingface.write(tensors, model, size, mean, std, found.classes, folder)
         return {"architecture": huggingface.architecture_of(tensors)}
     if to == "unilm":
         unilm.write(tensors, folder)

@@ -27,6 +27,7 @@ from fastbeit.engine.ranks import World, start_world
 from fastbeit.engine.work import step_flops
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
+from fastbeit.evaluate.probe import open_probe
 from fastbeit.model.beit import Beit, make_beit, num_outputs
 from fastbeit.model.kernels import chosen_kernels
 from fastbeit.plural import counted
@@ -114,6 +115,10 @@ class Pretraining:
         val_index, levels = config.data.val_index, config.data.levels
         self.val_index = open_index(Path(val_index), levels) if val_index else None
         self.looks: list[Look] = [Look("validation", config.log.val_every, self.look)] if self.val_index else []
+        labelled = Path(config.probe.index), Path(config.probe.val_index)
+        self.knn = open_probe(config.data, *labelled, config.probe_block) if config.probe.index else None
+        if self.knn:
+            self.looks.append(Look("probe", config.probe.every_epochs * self.epoch_steps, self.probe))
 
     def make_model(self) -> Beit:
         return make_beit(self.config, vocab_size=self.source.vocab_size)
@@ -166,6 +171,13 @@ class Pretraining:
         line = f"held-out loss {found.loss:.4f}  masked accuracy {found.accuracy:.4f}"
         return Reading({"loss": found.loss, "accuracy": found.accuracy}, line)
 
+    def probe(self, model: nn.Module, log: RunLog, step: int, stop: Stop) -> Reading:
+        """Classes of labelled images by k-NN on frozen features."""
+        assert self.knn and isinstance(model, Beit)
+        found = self.knn.see(model, compute_dtype(self.config.engine, self.world.device), self.world, stop)
+        line = f"probe of block {self.knn.block}: k-NN top-1 {found.top1:.4f}  top-5 {found.top5:.4f}"
+        return Reading({"knn_top1": found.top1, "knn_top5": found.top5}, line)
+
     def greet(self, log: RunLog, model: nn.Module) -> None:
         config, source, world = self.config, self.source, self.world
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -205,6 +217,7 @@ def _check_paths(config: Config) -> None:
     unset = [key for key, value in {"out": config.out, "data.index": config.data.index}.items() if not value]
     lines = [f"{key} is not set; add {key}=PATH" for key in unset]
     paths = {"data.index": config.data.index, "data.val_index": config.data.val_index}
+    paths |= {"probe.index": config.probe.index, "probe.val_index": config.probe.val_index}
     if config.objective == "tokens":
         paths["tokenizer.path"] = config.tokenizer.path
     for key, value in paths.items():

@@ -9,7 +9,7 @@ that owns it (ZeRO-3), no forward draws a random number (drop path comes as an a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -221,6 +221,27 @@ class VisionTransformer(nn.Module):
             else:
                 x = block(*inputs)
         return x
+
+    def block_outputs(self, images: Tensor, blocks: Collection[int]) -> dict[int, Tensor]:
+        """What comes out of some blocks, of images of which nothing is hidden; blocks after the last are not run.
+
+        Args:
+            images: [B, height, width, 3] uint8.
+            blocks: from 0 to L - 1.
+
+        Returns:
+            By block [B, S, D], cls first, not normalised.
+        """
+        x = self.patch_embed.proj(self.patch_embed.pixels(images))
+        x = torch.cat((self.cls_token.expand(len(x), 1, -1).to(x.dtype), x), dim=1)
+        x = x if self.pos_embed is None else x + self.pos_embed
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        found = {}
+        for i, block in enumerate(self.blocks[: max(blocks) + 1]):
+            x = block(x, bias, None)
+            if i in blocks:
+                found[i] = x
+        return found
 
     def compile_blocks(self) -> None:
         """Let torch.compile make one graph of each block: two in all, for the last block has slots."""

@@ -51,7 +51,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Look:
-    """An evaluation that runs every so many steps: held-out loss, reconstructions."""
+    """An evaluation that runs every so many steps, whose time is not theirs: held-out loss, reconstructions."""
 
     name: str  # of the event in the log
     every: int  # steps; 0: at the end alone
@@ -182,7 +182,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     def look_on(look: Look) -> None:
         nonlocal lost
         try:
-            figures = _see(log, look, average.model or model, step, stop)
+            with meter.paused():
+                figures = _see(log, look, average.model or model, step, stop)
             if task.best in figures:
                 saver.judge(step, task.best, figures[task.best])
         except RunError as err:
@@ -363,6 +364,7 @@ def _say(log: RunLog, task: Task, meter: Meter, place: dict[str, float], num_bad
 
 def _see(log: RunLog, look: Look, model: nn.Module, step: int, stop: Stop) -> dict[str, float]:
     """What a look found; nothing, where it was ended early or is not this rank's."""
+    began = time.perf_counter()
     # as it is written: batches of other shapes would be compiled for
     with torch.compiler.set_stance("force_eager"):
         try:
@@ -371,7 +373,7 @@ def _see(log: RunLog, look: Look, model: nn.Module, step: int, stop: Stop) -> di
             return {}
     if not reading:
         return {}
-    log.write({"step": step, "event": look.name, **reading.figures})
+    log.write({"step": step, "event": look.name, **reading.figures, "seconds": time.perf_counter() - began})
     log.say(f"step {step}  {reading.line}")
     return reading.figures
 

@@ -1,6 +1,8 @@
 """What is measured between two log lines: sums, speed, waiting; kept on the device until it is read."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -45,6 +47,22 @@ class Meter:
 
     def waited(self, seconds: float) -> None:
         self._waited_s += seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in this context is no part of a step, and takes none of its time."""
+        # what the device has still to do does
+        self._settle()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._settle()
+            self._began += time.perf_counter() - began
+
+    def _settle(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
 
     def add(self, sums: tuple[Tensor, ...]) -> None:
         """One micro-batch of this rank: scalars, or vectors such as a histogram."""

@@ -5,7 +5,7 @@ from typing import Any
 from fastbeit.config.sections import Section
 
 # what may differ between the parts of one run: who runs it and what it says, not what it learns from
-FREE_SECTIONS = ("out", "init", "engine", "kernels", "log", "profile")
+FREE_SECTIONS = ("out", "init", "engine", "kernels", "log", "probe", "profile")
 FREE_FIELDS = {
     "data": ("index", "val_index", "tokens", "num_workers"),
     "optim": ("accumulate",),

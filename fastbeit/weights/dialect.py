@@ -33,6 +33,7 @@ class Hints(NamedTuple):
     layer_scale: float | None = None
     mean: Channels | None = None  # of the channels of pixels in [0, 1] that the model was trained on
     std: Channels | None = None
+    classes: list[str] | None = None  # names of the head's rows
 
 
 class Names(NamedTuple):

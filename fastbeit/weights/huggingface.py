@@ -130,7 +130,17 @@ def _hints(source: Source) -> Hints:
         layer_scale=float(scale) if type(scale) in (int, float) and scale > 0 else None,
         mean=channels(pixels.get("image_mean")) or HALF,
         std=channels(pixels.get("image_std")) or HALF,
+        classes=_classes(config.get("id2label")),
     )
+
+
+def _classes(labels: Any) -> list[str] | None:
+    """Names in the order of their numbers; None: there are none, or transformers has made them up."""
+    if not isinstance(labels, dict):
+        return None
+    names = [name for i in range(len(labels)) if isinstance(name := labels.get(str(i)), str)]
+    made_up = names == [f"LABEL_{i}" for i in range(len(names))]
+    return None if made_up or len(names) < len(labels) else names
 
 
 HUGGINGFACE = Dialect("huggingface", translate, _in_a_message, _hints)
@@ -150,9 +160,18 @@ def rename(tensors: dict[str, Tensor], layout: Layout = "hub") -> dict[str, Tens
 
 
 def write(
-    tensors: dict[str, Tensor], model: ModelConfig, image_size: Size, mean: Channels, std: Channels, folder: Path
+    tensors: dict[str, Tensor],
+    model: ModelConfig,
+    image_size: Size,
+    mean: Channels,
+    std: Channels,
+    classes: list[str] | None,
+    folder: Path,
 ) -> None:
     """`model.safetensors`, `config.json` and `preprocessor_config.json`, for `from_pretrained`.
+
+    Args:
+        classes: names of the head's rows, if they have some.
 
     Raises:
         Malformed: images or patches are not square; theirs must be (their tables of other grids are scrambled).
@@ -164,12 +183,14 @@ def write(
         )
     renamed = {name: tensor.contiguous() for name, tensor in rename(tensors).items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
-    config = _config(tensors, model, image_size[0])
+    config = _config(tensors, model, image_size[0], classes)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessor(image_size, mean, std), indent=2) + "\n")
 
 
-def _config(tensors: dict[str, Tensor], model: ModelConfig, image_size: int) -> dict[str, Any]:
+def _config(
+    tensors: dict[str, Tensor], model: ModelConfig, image_size: int, classes: list[str] | None
+) -> dict[str, Any]:
     config: dict[str, Any] = {
         "model_type": "beit",
         "architectures": [architecture_of(tensors)],
@@ -192,8 +213,9 @@ def _config(tensors: dict[str, Tensor], model: ModelConfig, image_size: int) -> 
     if "lm_head.weight" in tensors:
         config["vocab_size"] = len(tensors["lm_head.weight"])
     if "head.weight" in tensors:
-        names = {str(i): f"LABEL_{i}" for i in range(len(tensors["head.weight"]))}
-        config |= {"id2label": names, "label2id": {label: int(i) for i, label in names.items()}}
+        names = classes or [f"LABEL_{i}" for i in range(len(tensors["head.weight"]))]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
     return config
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastbeit.config.sections import ModelConfig, Size
+from fastbeit.config.sections import Levels, ModelConfig, Size
 from fastbeit.errors import WeightsError
 from fastbeit.files import sha256
 from fastbeit.model.attention import relative_position_index
@@ -41,6 +41,8 @@ class ModelWeights:
     mean: Channels | None  # of pixels in [0, 1]; None: the file does not say
     std: Channels | None
     origin: Origin
+    levels: Levels = "high_byte"  # of 16-bit images that it was trained on
+    classes: list[str] | None = None  # names of the rows of `head`; None: it has none, or nobody says them
 
 
 def read_model(path: Path, num_heads: int | None = None) -> ModelWeights:
@@ -68,7 +70,9 @@ def _own(path: Path) -> ModelWeights:
     check(shapes, card.model, card.image_size)
     tensors = {name: as_float(name, found.tensors[name]) for name in shapes}
     tensors = with_indices(tensors, card.model, card.image_size)
-    return ModelWeights(tensors, card.model, card.image_size, card.mean, card.std, card.origin)
+    _check_classes(tensors, card.classes)
+    said = card.mean, card.std, card.origin, card.levels, card.classes
+    return ModelWeights(tensors, card.model, card.image_size, *said)
 
 
 def _foreign(path: Path, num_heads: int | None) -> ModelWeights:
@@ -96,7 +100,15 @@ def _foreign(path: Path, num_heads: int | None) -> ModelWeights:
         notes=_notes(names),
     )
     tensors = with_indices(assembled(values), model, image_size)
-    return ModelWeights(tensors, model, image_size, hints.mean, hints.std, origin)
+    classes = hints.classes if "head.weight" in tensors else None
+    _check_classes(tensors, classes)
+    return ModelWeights(tensors, model, image_size, hints.mean, hints.std, origin, classes=classes)
+
+
+def _check_classes(tensors: dict[str, Tensor], classes: list[str] | None) -> None:
+    rows = len(tensors["head.weight"]) if "head.weight" in tensors else 0
+    if classes is not None and len(classes) != rows:
+        raise Malformed(f"names {len(classes)} classes, and has a head of {rows}: not one model")
 
 
 def recognise(source: Source) -> Dialect:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastbeit.config.sections import ModelConfig, Section, Size
+from fastbeit.config.sections import Levels, ModelConfig, Section, Size
 from fastbeit.errors import CANNOT_WRITE, USAGE, RunError
 from fastbeit.files import sha256, whole_folder
 from fastbeit.train.checkpoint import ALIASES, MANIFEST, load_model, load_state, resolve_checkpoint
@@ -46,6 +46,10 @@ class Card(Section):
     image_size: Size = Field(description="height and width in pixels")
     mean: Channels | None = Field(description="subtracted from pixels in [0, 1]; null: the file does not say")
     std: Channels | None = Field(description="pixels in [0, 1] are divided by it; null: likewise")
+    levels: Levels = Field(default="high_byte", description="of 16-bit images, as data.levels")
+    classes: list[str] | None = Field(
+        default=None, description="names of the head's rows; null: it has none, or nobody"
+    )
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of model.safetensors")
     origin: Origin
 
@@ -97,14 +101,20 @@ def _load(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_checkpoint(checkpoint: Path) -> Own:
-    weights, config = load_model(checkpoint), load_state(checkpoint).get("config", {})
+    weights, state = load_model(checkpoint), load_state(checkpoint)
+    config: dict[str, Any] = state.get("config", {})
     data: dict[str, Any] = config.get("data", {})
     model: dict[str, Any] = config.get("model", {})
     if not {"width", "depth", "num_heads"} <= model.keys():
         raise Malformed(f"is a checkpoint ({checkpoint.name}) of something else than a vision transformer")
-    left_out = {name: "the moving average; the weights that it follows are taken" for name in weights if PREFIX in name}
+    # where there is an average, it is what was judged and kept
+    start = PREFIX if any(name.startswith(PREFIX) for name in weights) else ""
+    left_out = {
+        name: "the last step's; their moving average is taken" for name in weights if not name.startswith(start)
+    }
     left_out |= {name: "follows from the grid" for name in weights if name.endswith(INDEX)}
-    tensors = {name: tensor for name, tensor in weights.items() if name not in left_out}
+    used = {name: name.removeprefix(start) for name in weights if name not in left_out}
+    tensors = {ours: weights[name] for name, ours in used.items()}
     try:
         card = Card(
             format=FORMAT,
@@ -113,12 +123,14 @@ def _read_checkpoint(checkpoint: Path) -> Own:
             image_size=data.get("image_size", ()),
             mean=data.get("mean"),
             std=data.get("std"),
+            levels=data.get("levels", "high_byte"),
+            classes=state.get("classes"),
             sha256=sha256(checkpoint / WEIGHTS),
             origin=Origin(
                 dialect="fastbeit",
                 file=f"{checkpoint.name}/{WEIGHTS}",
                 sha256=sha256(checkpoint / WEIGHTS),
-                used={name: name for name in tensors},
+                used=used,
                 left_out=left_out,
             ),
         )
@@ -130,16 +142,11 @@ def _read_checkpoint(checkpoint: Path) -> Own:
     return Own(tensors, card)
 
 
-def save(
-    folder: Path,
-    tensors: dict[str, Tensor],
-    model: ModelConfig,
-    image_size: Size,
-    mean: Channels | None,
-    std: Channels | None,
-    origin: Origin,
-) -> None:
+def save(folder: Path, tensors: dict[str, Tensor], **said: Any) -> None:
     """Write a converted model whole or not at all.
+
+    Args:
+        said: the card's fields; format and hash come from here.
 
     Raises:
         RunError: `folder` is there and not empty (exit code 2), or cannot be written (74).
@@ -149,15 +156,7 @@ def save(
     try:
         with whole_folder(folder) as part:
             save_file(kept, part / WEIGHTS)
-            card = Card(
-                format=FORMAT,
-                model=model,
-                image_size=image_size,
-                mean=mean,
-                std=std,
-                sha256=sha256(part / WEIGHTS),
-                origin=origin,
-            )
+            card = Card(format=FORMAT, sha256=sha256(part / WEIGHTS), **said)
             (part / CARD).write_text(card.model_dump_json(indent=1) + "\n")
     except (OSError, SafetensorError) as err:
         raise RunError(f"'{folder}' cannot be written: {err}", CANNOT_WRITE) from err

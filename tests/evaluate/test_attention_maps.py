@@ -37,7 +37,7 @@ def test_maps_are_those_of_transformers(tmp_path, variant, kind):
     fields: dict[str, Any] = VARIANTS[variant] | {"depth": DEPTH}
     model = pretrained(**fields) if kind == "pre-trained" else classifier(**fields)
     config = ModelConfig(**(SMALL if kind == "pre-trained" else PER_BLOCK) | fields)
-    huggingface.write(model.state_dict(), config, (SIDE, SIDE), HALF, HALF, tmp_path)
+    huggingface.write(model.state_dict(), config, (SIDE, SIDE), HALF, HALF, None, tmp_path)
     options: dict[str, Any] = dict(attn_implementation="eager", output_attentions=True)
     if kind == "pre-trained":
         theirs = BeitModel.from_pretrained(tmp_path, add_pooling_layer=False, **options).eval()

@@ -76,7 +76,7 @@ def test_figures_are_those_of_a_validation(model, tmp_path):
     """All classes have images, so that those of the index are in the order of the head."""
     index = index_of(tmp_path, dict.fromkeys(CLASSES, 2))
     found = examine(model, DATA, index, CLASSES, CPU)
-    wanted = classify(model, DATA, index, World(rank=0, size=1, device=CPU), Stop())
+    wanted = classify(model, DATA, index, CLASSES, World(rank=0, size=1, device=CPU), Stop())
     assert (found.top1, found.top5, len(found.labels)) == (wanted.top1, wanted.top5, wanted.num_images)
     assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
 

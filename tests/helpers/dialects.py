@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fastbeit.config.sections import Kernels, ModelConfig
 from fastbeit.model.beit import Beit
+from fastbeit.train.checkpoint import save_checkpoint
 from fastbeit.weights.onnx import Exported
 from helpers.weights import randomise
 
 WIDTH, DEPTH, HEADS, MLP, PATCH, SIDE, WORDS, CLASSES = 128, 2, 2, 96, 8, 32, 13, 7
+CLASS_NAMES = [f"n{i:08}" for i in range(CLASSES)]
 HALF = (0.5, 0.5, 0.5)
 SMALL: dict[str, Any] = dict(width=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_width=MLP, patch_size=(PATCH, PATCH))
 ABSOLUTE: dict[str, Any] = {"relative_position": "none", "absolute_position": True, "layer_scale": 0.0}
@@ -49,6 +51,24 @@ def finetuned(pooling: str = "mean", seed: int = 0, side: int = SIDE, **fields: 
     sizes = {f"{norm}.weight": [width], f"{norm}.bias": [width]}
     sizes |= {"head.weight": [CLASSES, width], "head.bias": [CLASSES]}
     return kept | {name: torch.randn(size) for name, size in sizes.items()}
+
+
+def finetuned_run(
+    folder: Path, weights: dict[str, Tensor], classes: Any = None, pooling: str = "mean", **data: Any
+) -> Path:
+    """A run of `fastbeit finetune`."""
+    data = {"image_size": [SIDE, SIDE], "mean": HALF, "std": HALF, **data}
+    model = {**SMALL, "relative_position": "per_block", "pooling": pooling}
+    state = {"config": {"model": model, "data": data}, "classes": classes}
+    save_checkpoint(folder / "checkpoints", 3, weights, {}, state)
+    return folder
+
+
+def pretrained_run(folder: Path, **fields: Any) -> Path:
+    """A run of `fastbeit pretrain`."""
+    state = {"config": {"model": SMALL | fields, "data": {"image_size": [SIDE, SIDE], "mean": HALF, "std": HALF}}}
+    save_checkpoint(folder / "checkpoints", 3, pretrained(**fields).state_dict(), {}, state)
+    return folder
 
 
 def without_index(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -42,3 +42,30 @@ def test_rates_are_of_one_gpu():
     assert meter._rates(6000.0, "NVIDIA H100 80GB HBM3") == {"tflop_per_s": 300.0, "mfu": 3e14 / CARDS["h100"].peak}
     assert meter._rates(6000.0, "NVIDIA H100 PCIe") == {"tflop_per_s": 300.0}  # whose peak is not known here
     assert Meter(World(0, 2, CPU), 512)._rates(6000.0, "NVIDIA H100 80GB HBM3") == {}
+
+
+def test_what_is_looked_at_between_steps_takes_none_of_their_time(monkeypatch: pytest.MonkeyPatch):
+    """Also where the look fails, and whatever the readings between."""
+    now = [100.0]
+    monkeypatch.setattr("fastbeit.train.meter.time.perf_counter", lambda: now[0])
+    meter = Meter(World(0, 1, CPU), 8)
+
+    def step() -> None:
+        now[0] += 2
+        meter.add((torch.tensor(0.0),))
+        meter.end_step(torch.tensor(1), torch.tensor(1.0))
+
+    step()
+    with meter.paused():
+        now[0] += 1000
+    step()
+    with pytest.raises(ZeroDivisionError), meter.paused():
+        now[0] += 1000
+        _ = 1 / 0
+    meter.waited(1)
+    figures = meter.read()[2]
+    assert figures["step_ms"] == 2000 and figures["images_per_s"] == 4 and figures["data_wait_share"] == 0.25
+    with meter.paused():
+        now[0] += 1000
+    step()
+    assert meter.read()[2]["step_ms"] == 2000

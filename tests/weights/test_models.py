@@ -22,7 +22,19 @@ from fastbeit.weights.models import ModelWeights, read_model
 from fastbeit.weights.pickles import Record
 from fastbeit.weights.torchfile import open_torch
 from helpers import dialects
-from helpers.dialects import SMALL, VARIANTS, finetuned, images, ours, plain_vit, pretrained, save, trainers_file
+from helpers.dialects import (
+    CLASS_NAMES,
+    SMALL,
+    VARIANTS,
+    finetuned,
+    finetuned_run,
+    images,
+    ours,
+    plain_vit,
+    pretrained,
+    save,
+    trainers_file,
+)
 
 IMAGENET = (0.485, 0.456, 0.406)
 
@@ -377,10 +389,61 @@ def test_a_conversion_is_read_as_it_was(tmp_path, capsys):
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.safetensors", "model.json"}
 
 
+def test_a_fine_tuning_names_its_classes_and_so_do_its_conversion_and_its_export(tmp_path):
+    run = finetuned_run(tmp_path / "run", finetuned(), CLASS_NAMES, levels=[0, 4095])
+    found = read_model(run)
+    assert found.classes == CLASS_NAMES and found.levels == (0, 4095)
+    assert main(["convert", str(run), "-o", str(tmp_path / "converted")]) == 0
+    again = read_model(tmp_path / "converted")
+    assert again.classes == CLASS_NAMES and again.levels == (0, 4095)
+    assert main(["export", str(run), "--to", "hf", "-o", str(tmp_path / "hf")]) == 0
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["id2label"] == {str(i): name for i, name in enumerate(CLASS_NAMES)}
+    assert config["label2id"] == {name: i for i, name in enumerate(CLASS_NAMES)}
+    assert read_model(tmp_path / "hf").classes == CLASS_NAMES
+    same(read_model(tmp_path / "hf").tensors, found.tensors)
+
+
+def test_classes_that_nobody_names(tmp_path):
+    """transformers writes LABEL_0 and so on; an encoder's file may name what its lost head was for."""
+    run = finetuned_run(tmp_path / "run", finetuned())
+    assert read_model(run).classes is None
+    assert main(["export", str(run), "--to", "hf", "-o", str(tmp_path / "hf")]) == 0
+    assert "LABEL_6" in (tmp_path / "hf/config.json").read_text() and read_model(tmp_path / "hf").classes is None
+    path = tmp_path / "hf/config.json"
+    for labels in ({"0": "cat", "1": "dog"}, {"zero": "cat"}, {"0": 3}, ["cat"]):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": labels}))
+        if labels == {"0": "cat", "1": "dog"}:
+            with pytest.raises(WeightsError, match="names 2 classes, and has a head of 7: not one model"):
+                read_model(tmp_path / "hf")
+        else:
+            assert read_model(tmp_path / "hf").classes is None
+
+
+def test_names_of_classes_that_are_none_are_refused(tmp_path):
+    with pytest.raises(WeightsError, match="names 6 classes, and has a head of 7"):
+        read_model(finetuned_run(tmp_path / "few", finetuned(), CLASS_NAMES[:-1]))
+    with pytest.raises(WeightsError, match="state.json cannot be read: .*classes"):
+        read_model(finetuned_run(tmp_path / "numbers", finetuned(), [1, 2]))
+
+
+def test_where_a_training_kept_an_average_it_is_the_model(tmp_path):
+    last, average = finetuned(seed=1), finetuned(seed=2)
+    run = finetuned_run(
+        tmp_path / "run", last | {f"average.{name}": tensor for name, tensor in average.items()}, CLASS_NAMES
+    )
+    found = read_model(run)
+    same(found.tensors, average)
+    accounted_for(found, [*last, *(f"average.{name}" for name in average)])
+    assert found.origin.left_out["head.weight"] == "the last step's; their moving average is taken"
+    assert found.origin.used["average.head.weight"] == "head.weight"
+
+
 def test_a_conversion_that_was_damaged_is_refused(tmp_path):
-    found = read_model(save({"model": pretrained().state_dict()}, tmp_path / "x.pth"))
     folder = tmp_path / "out"
-    own.save(folder, found.tensors, found.model, found.image_size, found.mean, found.std, found.origin)
+    assert (
+        main(["convert", str(save({"model": pretrained().state_dict()}, tmp_path / "x.pth")), "-o", str(folder)]) == 0
+    )
     card = (folder / "model.json").read_text()
     (folder / "model.json").write_text(card.replace('"depth": 2', '"depth": 3'))
     with pytest.raises(WeightsError, match=r"has no blocks.2\."):
@@ -420,9 +483,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(own, "Card", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        found = read_model(path)
-        own.save(tmp_path / "out", found.tensors, found.model, found.image_size, None, None, found.origin)
+    assert main(["convert", str(path), "-o", str(tmp_path / "out")]) == 130
     assert [file.name for file in tmp_path.iterdir()] == ["x.pth"]
 
 
