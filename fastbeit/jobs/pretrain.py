@@ -16,6 +16,7 @@ from fastbeit import masking
 from fastbeit.config.pretrain import Config
 from fastbeit.data.batch import Batch
 from fastbeit.data.epochs import steps_per_epoch
+from fastbeit.data.index.given import index_sources, missing
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
 from fastbeit.data.sampling import drop_path_keep
@@ -32,7 +33,7 @@ from fastbeit.model.kernels import Before, chosen_kernels
 from fastbeit.plural import counted
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
-from fastbeit.train.checkpoint import find_checkpoint, load_state
+from fastbeit.train.checkpoint import find_checkpoint, load_state, newest_first
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Reading, check_batch, train
 from fastbeit.train.pipeline import settle_pipeline
@@ -59,18 +60,22 @@ def pretrain(config: Config, command: list[str]) -> int:
     check_batch(config.optim, world)
     tokens = Path(config.data.tokens) if config.data.tokens else None
     config, pipeline = settle_pipeline(config, world, Path(config.out), tokens)
-    index = open_index(Path(config.data.index), config.data.levels)
-    source = open_token_source(config, index, world.device)
-    opened = time.perf_counter()
-    before = _before(Path(config.out) / "checkpoints") if world.rank == 0 else None
-    chosen = chosen_kernels(config, num_outputs(config, source.vocab_size), world, before)
-    tried = time.perf_counter()
-    took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {tried - opened:.1f} s"
-    lines = [str(pipeline), *chosen.lines, _how(config, world.device), took, *warnings]
-    task = Pretraining(chosen.config, world, index, source, lines, {"kernels": chosen.kept})
-    with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
-        world.barrier()
-        outcome = train(task, config, world, Path(config.out), stop, command)
+    out, checkpoints = Path(config.out), Path(config.out) / "checkpoints"
+    with claim(out, config) if world.rank == 0 else contextlib.nullcontext():
+        data, indexed = index_sources(config.data, out, bool(newest_first(checkpoints)), world.from_first)
+        config = config.model_copy(update={"data": data})
+        index = open_index(Path(data.index), data.levels)
+        source = open_token_source(config, index, world.device)
+        opened = time.perf_counter()
+        before = _before(checkpoints) if world.rank == 0 else None
+        chosen = chosen_kernels(config, num_outputs(config, source.vocab_size), world, before)
+        tried = time.perf_counter()
+        took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {tried - opened:.1f} s"
+        lines = [*indexed, str(pipeline), *chosen.lines, _how(config, world.device), took, *warnings]
+        task = Pretraining(chosen.config, world, index, source, lines, {"kernels": chosen.kept})
+        with Stop() as stop:
+            world.barrier()
+            outcome = train(task, config, world, out, stop, command)
     world.leave()
     if world.rank == 0 and outcome.checkpoint:
         print(f"checkpoint: {outcome.checkpoint}")
@@ -218,21 +223,17 @@ def _check_paths(config: Config) -> None:
     """What a run cannot do without is said before anything is started, all of it at once."""
     unset = [key for key, value in {"out": config.out, "data.index": config.data.index}.items() if not value]
     lines = [f"{key} is not set; add {key}=PATH" for key in unset]
-    paths = {"data.index": config.data.index, "data.val_index": config.data.val_index}
-    if config.objective == "tokens":
-        paths["tokenizer.path"] = config.tokenizer.path
-    for key, value in paths.items():
-        if value and not Path(value).exists():
-            lines.append(f"{key}: '{value}' does not exist; {_how_to_make(key, value)}")
+    lines += missing(config.data, Path(config.out))
+    path = config.tokenizer.path
+    if config.objective == "tokens" and path and not Path(path).exists():
+        lines.append(f"tokenizer.path: '{path}' does not exist; {_how_to_get(path)}")
     if unset:
         raise ConfigError("\n".join(lines))
     if lines:
         raise RunError("\n".join(lines), DATA_MISSING)
 
 
-def _how_to_make(key: str, path: str) -> str:
-    if key != "tokenizer.path":
-        return f"make it with `fastbeit index SOURCE -o {path}`"
+def _how_to_get(path: str) -> str:
     return (
         f"get OpenAI's with `fastbeit tokenizer fetch -o {path}`, or make it of weights that you have with `fastbeit "
         f"tokenizer import FILE -o {path}`, or of your images with `fastbeit tokenizer train --data INDEX -o {path}`; "
