@@ -29,7 +29,7 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues. CONFIG: a YAML file, or
                                                    beit_base_in1k, beit_small or demo; data.index=/my/photos
   fastbeit plan CONFIG --gpus N --gpu NAME         memory, hours, disk and cores that it will take, on any computer
-  fastbeit report RUN                              pictures and the HTML page of a run
+  fastbeit report RUN [--tokenizer DIR]            pictures and the HTML page of a run
   fastbeit convert FILE -o DIR                     weights of others: the authors', timm's, Hugging Face's, DeiT's
   fastbeit export RUN --to timm|hf|unilm|onnx -o DIR
                                                    a run for the loaders of others, with a model card

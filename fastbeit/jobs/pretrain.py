@@ -39,6 +39,7 @@ from fastbeit.train.loop import Look, Reading, check_batch, train
 from fastbeit.train.pipeline import settle_pipeline
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop
+from fastbeit.weights.start import start_from
 
 
 def pretrain(config: Config, command: list[str]) -> int:
@@ -72,7 +73,8 @@ def pretrain(config: Config, command: list[str]) -> int:
         tried = time.perf_counter()
         took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {tried - opened:.1f} s"
         lines = [*indexed, str(pipeline), *chosen.lines, _how(config, world.device), took, *warnings]
-        task = Pretraining(chosen.config, world, index, source, lines, {"kernels": chosen.kept})
+        kept = {"kernels": chosen.kept, "tokenizer_path": source.tokenizer_path}
+        task = Pretraining(chosen.config, world, index, source, lines, kept)
         with Stop() as stop:
             world.barrier()
             outcome = train(task, config, world, out, stop, command)
@@ -102,7 +104,7 @@ class Pretraining:
             lines: what the log shall say of how this is run.
             kept: what checkpoints shall say of it.
         """
-        self.lines, self.kept = lines, kept or {}
+        self.lines, self.kept = list(lines), kept or {}
         self.config, self.optim, self.world, self.index, self.source = config, config.optim, world, index, source
         self.origin = {"index": index.fingerprint, "tokenizer": source.fingerprint}
         self.num_images, optim = len(index), config.optim
@@ -122,7 +124,15 @@ class Pretraining:
         return make_beit(self.config, vocab_size=self.source.vocab_size)
 
     def start(self, model: nn.Module) -> None:
-        """From the authors' initialisation."""
+        """From the authors' initialisation, or from weights of another model where they fit."""
+        if self.config.init:
+            assert isinstance(model, Beit)
+            data = self.config.data
+            begun = start_from(
+                Path(self.config.init), model, self.config.model, data.image_size, mean=data.mean, std=data.std
+            )
+            begun.load(model)
+            self.lines += begun.lines
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         loader = make_loader(
@@ -181,6 +191,8 @@ class Pretraining:
         if world.device.type == "cuda":
             gflop = f"{self.flops_per_image / 1e9:.1f} GFLOP an image"
             log.say(f"MFU counts {gflop}: products of this model, without tokenizer or recomputation")
+        if config.init and log.first_step:
+            log.say(f"init '{config.init}' is not read: the run goes on from its own checkpoint")
         log.say(f"index: {self.index.checked}; `fastbeit index check` compares all, and decodes the images")
         log.say(f"visual tokens: {source}")
         if source.agreement is not None:
@@ -224,6 +236,11 @@ def _check_paths(config: Config) -> None:
     unset = [key for key, value in {"out": config.out, "data.index": config.data.index}.items() if not value]
     lines = [f"{key} is not set; add {key}=PATH" for key in unset]
     lines += missing(config.data, Path(config.out))
+    init = Path(config.init)
+    if config.init and not (init.exists() or init.name == "latest" or newest_first(Path(config.out) / "checkpoints")):
+        lines.append(
+            f"init: '{init}' does not exist; wanted a run, a checkpoint, or weights that `fastbeit convert` reads"
+        )
     path = config.tokenizer.path
     if config.objective == "tokens" and path and not Path(path).exists():
         lines.append(f"tokenizer.path: '{path}' does not exist; {_how_to_get(path)}")

@@ -9,19 +9,32 @@ from pathlib import Path
 
 import yaml
 
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.index.given import indexed_for_now
 from fastbeit.errors import DONE, USAGE, RunError, writing
-from fastbeit.evaluate.finished_run import Figures, Trained, measure, open_run
+from fastbeit.evaluate.finished_run import Figures, Moved, Trained, measure, open_run
 from fastbeit.files import read_records, try_to_write, write_whole
 
 
-def report(run_folder: Path, page: Path | None, num_crops: int) -> int:
-    """Write the page and say what it says first; returns the exit code. Arguments as of `write_report`."""
-    written, figures = write_report(run_folder, page, num_crops)
+def report(run_folder: Path, page: Path | None, num_crops: int, moved: Moved | None = None) -> int:
+    """Write the page and say what it says first; returns the exit code.
+
+    Args:
+        moved: what lies elsewhere than when the run was trained; of images also a source, which is indexed for this.
+            Others as of `write_report`.
+    """
+    moved = moved or Moved()
+    images = {"index": str(moved.index or ""), "val_index": str(moved.val_index or "")}
+    with indexed_for_now(DataConfig().model_copy(update=images)) as data:
+        index, val_index = (Path(path) if path else None for path in (data.index, data.val_index))
+        written, figures = write_report(run_folder, page, num_crops, Moved(moved.tokenizer, index, val_index))
     print(f"{verdict(figures)}\nreport: {written}")
     return DONE
 
 
-def write_report(run_folder: Path, page: Path | None, num_crops: int) -> tuple[Path, Figures]:
+def write_report(
+    run_folder: Path, page: Path | None, num_crops: int, moved: Moved | None = None
+) -> tuple[Path, Figures]:
     """Measure and draw a run: PNG files and `report.json` in RUN/report, and one self-contained HTML page.
 
     Args:
@@ -36,7 +49,7 @@ def write_report(run_folder: Path, page: Path | None, num_crops: int) -> tuple[P
     except ImportError as err:
         raise RunError(f"the report wants matplotlib ({err}); pip install 'fastbeit[demo]'", USAGE) from None
     page = page or run_folder / "report.html"
-    run, folder = open_run(run_folder), run_folder / "report"
+    run, folder = open_run(run_folder, moved), run_folder / "report"
     with writing(f"the report of '{run_folder}'"):
         # not to find out after it was measured
         for path in page, folder / "report.json":

@@ -24,7 +24,7 @@ from fastbeit.errors import DATA_MISSING, DONE, PREEMPTED, ConfigError, DataErro
 from fastbeit.plural import counted
 from fastbeit.tokenizer.cache.reader import BAD, BAD_SAMPLES, FORMAT, Card, how_far, make_recipe
 from fastbeit.tokenizer.cache.writer import CacheWriter, chunk_rows, is_begun, refuse_others_files
-from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
+from fastbeit.tokenizer.disk import BUNDLED_NOTE, absolute, is_bundled
 from fastbeit.tokenizer.precision import Chosen
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.source import load_run_tokenizer
@@ -76,6 +76,7 @@ def tokenize(config: Config, command: list[str]) -> int:
             precision=chosen.precision,
             chunk_rows=chunk_rows(config.data.num_crops),
             command=shlex.join(command),
+            tokenizer_path=absolute(config.tokenizer.path),
         )
         writer = CacheWriter(folder, card, world.rank)
         with Stop() as stop:

@@ -84,11 +84,20 @@ def report_verb(args: list[str]) -> int:
     parser.add_argument(
         "--crops", type=int, default=NUM_CROPS, help="measured of held-out and of training images, each"
     )
+    parser.add_argument(
+        "--tokenizer", type=path, metavar="DIR", help="where the run's tokenizer is now, if it was moved"
+    )
+    parser.add_argument("--data", type=path, metavar="SOURCE", help="likewise its images: an index, or a folder")
+    parser.add_argument(
+        "--val", type=path, metavar="SOURCE", help="likewise held-out images, those of the run or others"
+    )
     options = parser.parse_args(args)
 
+    from fastbeit.evaluate.finished_run import Moved
     from fastbeit.jobs.report import report
 
-    return report(options.run, options.output, max(1, options.crops))
+    moved = Moved(options.tokenizer, options.data, options.val)
+    return report(options.run, options.output, max(1, options.crops), moved)
 
 
 def demo_verb(args: list[str]) -> int:

@@ -70,7 +70,7 @@ def test_overrides_lie_over_the_file_and_the_result_reads_back(write, tmp_path):
     [
         ("model.widht=3", "unknown key 'model.widht'; did you mean 'model.width'?"),
         ("mdoel.width=3", "did you mean 'model'?"),
-        ("zebra=1", "known here: out, seed"),
+        ("zebra=1", "known here: out, init, seed"),
         ("model.width=770", "width 770 is not a multiple of num_heads 12; try 780"),
         ("data.image_size=225", "height and width 225 is not a multiple of model.patch_size 16; try 224"),
         ("data.image_size=[0, 16]", "data.image_size: wanted at least 1; got 0"),
@@ -258,12 +258,12 @@ def test_a_section_that_is_commented_out_has_its_defaults(write):
 
 def test_the_home_directory_is_expanded_in_all_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    keys = ["data.index", "data.tokens", "data.val_index", "out", "tokenizer.path"]
+    keys = ["data.index", "data.tokens", "data.val_index", "init", "out", "tokenizer.path"]
     texts = [key for key, field in known_keys(Config) if field.annotation is str]
     assert sorted(texts) == keys, "a key of text that is no path, or a path that is not expanded"
     config = configure(Config, [f"{key}=~/x" for key in keys])
     data = config.data
-    assert {data.index, data.tokens, data.val_index, config.out, config.tokenizer.path} == {"/home/me/x"}
+    assert {data.index, data.tokens, data.val_index, config.init, config.out, config.tokenizer.path} == {"/home/me/x"}
 
 
 def test_a_home_of_nobody_is_no_folder():
