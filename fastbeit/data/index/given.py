@@ -112,8 +112,11 @@ def skipped_path(output: Path) -> Path:
 
 
 def _is_an_index(path: Path) -> bool:
-    """One that is damaged or gone is told as such, not as a source."""
-    return path.suffix == ".idx" or is_index(path)
+    """One that is damaged, gone or unreadable is told as such when it is opened, not as a source."""
+    try:
+        return path.suffix == ".idx" or is_index(path)
+    except OSError:
+        return True
 
 
 def _own_index(key: str, source: Path, run: Path, is_begun: bool) -> str:

@@ -54,14 +54,20 @@ def test_both_sources_are_indexed_into_the_run_and_what_was_left_out_is_listed(t
     assert lines[0].endswith(f"listed in '{data.index}.skipped'") and lines[1].startswith("held-out images: ")
 
 
-def test_an_index_is_taken_as_it_is_and_nothing_is_written(tmp_path, run):
+def test_an_index_is_taken_as_it_is_and_nothing_is_written(tmp_path, run, monkeypatch):
     data, _ = take(run, index=folder_of(tmp_path / "photos", 2))
     os.rename(run / "indices", tmp_path / "elsewhere")
     index = tmp_path / "elsewhere/train.idx"
     assert take(run, index=index) == (DataConfig(index=str(index)), [])
     # also one that is gone, or damaged: it is told as such when it is opened
     assert take(run, index=tmp_path / "gone.idx")[0].index == str(tmp_path / "gone.idx")
+    monkeypatch.setattr(given, "is_index", refuse)
+    assert take(run, index=tmp_path / "locked")[0].index == str(tmp_path / "locked")
     assert names(run) == []
+
+
+def refuse(path):
+    raise PermissionError(13, "Permission denied")
 
 
 def test_a_run_that_goes_on_does_not_look_at_its_source(tmp_path, run, monkeypatch):
