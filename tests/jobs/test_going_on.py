@@ -106,7 +106,7 @@ def started(monkeypatch) -> list[dict]:
 
 
 def test_a_run_starts_from_another_ones_weights_and_not_when_it_goes_on(pretrain, tmp_path, started):
-    pretrain("optim.steps=1", out="first")
+    pretrain("optim.steps=1", "seed=1", out="first")
     weights = load_model(resolve_checkpoint(tmp_path / "first"))
     init = f"init={tmp_path / 'first'}"
     assert f"start: {tmp_path / 'first'} (fastbeit, " in pretrain("optim.steps=1", init, out="second")
@@ -121,7 +121,7 @@ def test_a_run_starts_from_another_ones_weights_and_not_when_it_goes_on(pretrain
 def test_another_size_is_resized_another_vocabulary_starts_anew_another_model_is_refused(
     pretrain, parts, tmp_path, started
 ):
-    pretrain("optim.steps=1", out="first")
+    pretrain("optim.steps=1", "seed=1", out="first")
     weights = load_model(resolve_checkpoint(tmp_path / "first"))
     alone = tmp_path / "weights.safetensors"
     weights["lm_head.weight"], weights["lm_head.bias"] = torch.ones(7, 32), torch.ones(7)
