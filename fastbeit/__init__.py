@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 __version__ = "0.1.0"
-API = "load", "pretrain"  # of `fastbeit.api`, which loads torch, and so is imported when it is asked for
+API = "load", "pretrain", "finetune"  # of `fastbeit.api`, which loads torch, and so is imported when it is asked for
 
 # Threads that wait for work sleep. OpenMP's default is to spin, which takes the cores from whoever else has work: two
 # small runs on two cores then make a third to a sixtieth of the steps that one makes. OpenMP reads this when it is

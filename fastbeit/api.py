@@ -1,4 +1,4 @@
-"""fastbeit in a notebook: `import fastbeit`, then `fastbeit.load` and `fastbeit.pretrain`."""
+"""fastbeit in a notebook: `import fastbeit`, then `fastbeit.load`, `fastbeit.pretrain`, `fastbeit.finetune`."""
 
 import itertools
 import json
@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastbeit.config.finetune import FinetuneConfig
+from fastbeit.config.pretrain import Config
 from fastbeit.config.read import load_config
 from fastbeit.config.sections import EngineConfig
-from fastbeit.data.given import Picture, one_by_one, view_of
+from fastbeit.data.in_memory import Picture, one_by_one, view_of
 from fastbeit.engine.ranks import device_of
 from fastbeit.errors import DONE, RunError
 from fastbeit.evaluate.features import BATCH, Kind, check_blocks, check_kind, features_of
@@ -137,10 +139,30 @@ def pretrain(
     """
     from fastbeit.jobs.pretrain import pretrain as run
 
+    return _trained(run, "pretrain", Config, config, settings, out)
+
+
+def finetune(
+    config: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, out: str | os.PathLike[str] = ""
+) -> Path:
+    """`fastbeit finetune CONFIG key=value ...`, likewise; {"init": "runs/base"} says what it starts from."""
+    from fastbeit.jobs.finetune import finetune as run
+
+    return _trained(run, "finetune", FinetuneConfig, config, settings, out)
+
+
+def _trained(
+    run: Callable[[Any, list[str]], int],
+    verb: str,
+    model: type[Config] | type[FinetuneConfig],
+    config: str | os.PathLike[str],
+    settings: Mapping[str, Any] | None,
+    out: str | os.PathLike[str],
+) -> Path:
     given = dict(settings or {}) | ({"out": out} if out else {})
     typed = [f"{key}={_typed(value)}" for key, value in given.items()]
-    read = load_config(os.fspath(config), typed)
-    code = run(read, ["fastbeit", "pretrain", os.fspath(config), *typed])
+    read = load_config(os.fspath(config), typed, model)
+    code = run(read, ["fastbeit", verb, os.fspath(config), *typed])
     if code != DONE:
         raise RunError(f"stopped before its end, and saved in '{read.out}'; the same call again goes on", code)
     return Path(read.out)

@@ -27,11 +27,11 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
   fastbeit tokenize CONFIG data.num_crops=K        tokens of K crops an image ahead of time; pretrain data.tokens=tokens
   fastbeit data show CONFIG [-o sheet.png]         a picture of what training sees: crops, token views, masks
   fastbeit pretrain CONFIG [key=value ...]         pre-train; the same command again continues. CONFIG: a YAML file, or
-                                                   beit_base_in1k, beit_large_in1k or demo
+                                                   beit_base_in1k, beit_small or demo; data.index=/my/photos
   fastbeit finetune CONFIG init=RUN [key=value ...]
                                                    classify labelled images, from a pre-training or from scratch
   fastbeit plan CONFIG --gpus N --gpu NAME         memory, hours, disk and cores that it will take, on any computer
-  fastbeit report RUN                              pictures and the HTML page of a run
+  fastbeit report RUN [--tokenizer DIR]            pictures and the HTML page of a run
   fastbeit convert FILE -o DIR                     weights of others: the authors', timm's, Hugging Face's, DeiT's
   fastbeit export RUN --to timm|hf|unilm|onnx -o DIR
                                                    a run for the loaders of others, with a model card

@@ -11,7 +11,7 @@ from PIL import Image
 import fastbeit
 from fastbeit.config.sections import DataConfig
 from fastbeit.data.decode import decode
-from fastbeit.data.given import view_of
+from fastbeit.data.in_memory import view_of
 from fastbeit.data.index.reader import open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.labelled import EvalBatches, centre_crop

@@ -36,6 +36,11 @@ class Config(Section):
     out: PathText = Field(
         default="", description="run directory: config, log, checkpoints; the same again continues the run"
     )
+    init: PathText = Field(
+        default="",
+        description="weights that a fresh run starts from: a run, a checkpoint, or any file that `fastbeit convert` "
+        "reads; empty: the authors' initialisation. A run that goes on does not read it",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run comes from it")
     objective: Literal["tokens", "pixels"] = Field(
         default="tokens", description="predict visual tokens, or regress normalised patch pixels (Table 4)"

@@ -23,7 +23,7 @@ JOBS: dict[type[Section], str] = {Config: "pretrain", FinetuneConfig: "finetune"
 # what else a user may give in place of a config, by its suffix, and where it goes
 NO_CONFIGS = {
     "an index; it goes into data.index={}": (".idx",),
-    "of images; list them with `fastbeit index {} -o images.idx`, and set data.index=images.idx": (
+    "of images; it goes into data.index={}": (
         *(".tar", ".zip", ".parquet", ".jpg", ".jpeg", ".png", ".txt", ".tsv", ".csv"),
     ),
     "of weights; make a tokenizer with `fastbeit tokenizer import {} -o DIR`, and set tokenizer.path=DIR": (
@@ -214,7 +214,11 @@ def _config_file(given: str, model: type[Section]) -> Path:
         if given.removesuffix(".yaml") in shipped:
             return shipped[given.removesuffix(".yaml")]
         if path.is_dir():
-            hint = f"; this one is a run's: '{path / 'config.yaml'}'" if (path / "config.yaml").is_file() else ""
+            hint = (
+                f"; this one is a run's: '{path / 'config.yaml'}'"
+                if (path / "config.yaml").is_file()
+                else f"; a folder of images goes into data.index={given}"
+            )
             raise ConfigError(f"'{given}' is a directory, and a config is a YAML file{hint}")
         for what, suffixes in NO_CONFIGS.items():
             if path.suffix.lower() in suffixes:

@@ -98,8 +98,12 @@ def refuse(wrong: list[str]) -> None:
 class DataConfig(Section):
     """What images there are and how each becomes two views (section 2.5; facts of the authors' transform)."""
 
-    index: PathText = Field(default="", description="index of the training images, made by `fastbeit index`")
-    val_index: PathText = Field(default="", description="index of held-out images; empty: no validation")
+    index: PathText = Field(
+        default="",
+        description="the training images: an index, or what `fastbeit index` takes (a folder, archives, tables, a "
+        "list), which is indexed in the run directory when the run begins",
+    )
+    val_index: PathText = Field(default="", description="held-out images, likewise; empty: no validation")
     image_size: Size = Field(default=(224, 224), description="patch view, height and width in pixels")
     crop_scale: tuple[Positive, Positive] = Field(
         default=(0.08, 1.0), description="share of the image's area that a crop takes"

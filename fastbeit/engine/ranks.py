@@ -1,9 +1,10 @@
 """Ranks: who there is, and how they talk on the host."""
 
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from fastbeit.config.sections import EngineConfig
 from fastbeit.cores import num_cores
 from fastbeit.errors import USAGE, RunError
+
+T = TypeVar("T")
+WORD_EVERY_S = 1.0  # far below the time-out of a collective, which is minutes
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,42 @@ class World:
         box = [item]
         dist.broadcast_object_list(box, 0, group=self.host_group)
         return box[0]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on all ranks, however long it takes: it gives word every second, so that none times out.
+
+        Raises:
+            RunError: that of rank 0, on all ranks.
+        """
+        if self.host_group is None:
+            return make()
+        if self.rank:
+            while not (told := self.first(None)):
+                pass
+            return self._told(told)
+        is_made = threading.Event()
+
+        def say_wait() -> None:
+            while not is_made.wait(WORD_EVERY_S):
+                self.first(None)
+
+        speaker = threading.Thread(target=say_wait, daemon=True)
+        speaker.start()
+        try:
+            told = make(), None
+        except RunError as err:
+            told = None, (str(err), err.exit_code)
+        finally:
+            # no two threads may talk at a time
+            is_made.set()
+            speaker.join()
+        return self._told(self.first(told))
+
+    def _told(self, told: tuple[Any, tuple[str, int] | None]) -> Any:
+        made, error = told
+        if error:
+            raise RunError(*error)
+        return made
 
     def agree(self, stop: bool, save: bool, bad: list[tuple[int, str]], error: RunError | None) -> Verdict:
         """One verdict for all, of what each rank was asked and what it met; costs one collective where all is well."""

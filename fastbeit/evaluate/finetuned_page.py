@@ -17,6 +17,7 @@ from fastbeit.evaluate import page as html
 from fastbeit.evaluate.attention import Reference, grid_of
 from fastbeit.evaluate.classify import TOP
 from fastbeit.evaluate.finetuned_run import Finetuned, open_finetuning
+from fastbeit.evaluate.finished_run import Moved
 from fastbeit.evaluate.mistakes import Answers, examine, most_frequent
 from fastbeit.files import read_records, write_whole
 from fastbeit.plural import counted
@@ -68,12 +69,15 @@ class Judged:
         return {"figures": figures, "mistakes": mistakes}
 
 
-def write_report(run_folder: Path, page: Path | None, reference: Reference) -> tuple[Path, str]:
+def write_report(
+    run_folder: Path, page: Path | None, reference: Reference, moved: Moved | None = None
+) -> tuple[Path, str]:
     """Measure and draw a fine-tuning: PNG files and `report.json` in RUN/report, and one self-contained HTML page.
 
     Args:
         page: where the page goes; RUN/report.html when None.
         reference: whose attention is drawn.
+        moved: indices that lie elsewhere than the run's settings say.
 
     Returns:
         Where the page is, and what it says first.
@@ -82,7 +86,7 @@ def write_report(run_folder: Path, page: Path | None, reference: Reference) -> t
         RunError: as `open_finetuning`; the model has no such patch or block, or matplotlib is missing (2); the page or
             a file of RUN/report cannot be written (74).
     """
-    pictures, run = html.import_pictures(), open_finetuning(run_folder)
+    pictures, run = html.import_pictures(), open_finetuning(run_folder, moved)
     points, block = reference.resolved(grid_of(run.model), run.config.model.depth)
     page, folder = html.places(run_folder, page)
     judged = None

@@ -12,10 +12,10 @@ from torch import Tensor
 from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.read import as_saved
 from fastbeit.config.sections import DataConfig, KernelsConfig
-from fastbeit.data.index.reader import Index, open_index
+from fastbeit.data.index.reader import Index
 from fastbeit.errors import CHECKPOINT_UNUSABLE, RunError
-from fastbeit.evaluate.finished_run import check_run, settings_of
-from fastbeit.model.classify import Classifier
+from fastbeit.evaluate.finished_run import Moved, check_run, index_of, settings_of
+from fastbeit.model.classify import Classifier, make_classifier
 from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
 from fastbeit.train.ema import PREFIX
 
@@ -50,7 +50,7 @@ class Finetuned:
         return ""
 
 
-def open_finetuning(run: Path) -> Finetuned:
+def open_finetuning(run: Path, moved: Moved | None = None) -> Finetuned:
     """Load the newest verified checkpoint of a fine-tuning's directory.
 
     Raises:
@@ -63,21 +63,15 @@ def open_finetuning(run: Path) -> Finetuned:
     classes = state.get("classes")
     if not isinstance(classes, list) or not classes:
         raise RunError(f"'{checkpoint}' does not name its classes: not of a fine-tuning", CHECKPOINT_UNUSABLE)
-    model = Classifier(
-        config.model,
-        image_size=config.data.image_size,
-        num_classes=len(classes),
-        mean=config.data.mean,
-        std=config.data.std,
-        # any of them would do: nothing is trained
-        kernels=KernelsConfig(backend="reference").by_op,
-        pooling=config.model.pooling,
-    )
+    # any kernels would do: nothing is trained
+    plain = config.model_copy(update={"kernels": KernelsConfig(backend="reference")})
+    model, moved = make_classifier(plain, len(classes)), moved or Moved()
     try:
         model.load_state_dict(_kept(load_model(checkpoint)))
     except RuntimeError as err:
         problem = str(err).splitlines()[0]
         raise RunError(f"'{checkpoint}' does not fit the run's model: {problem}", CHECKPOINT_UNUSABLE) from err
+    has_val_index = bool(moved.val_index or config.data.val_index)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Finetuned(
         config=config,
@@ -86,8 +80,8 @@ def open_finetuning(run: Path) -> Finetuned:
         state=state,
         model=model.to(device),
         classes=classes,
-        index=open_index(Path(config.data.index)),
-        val_index=open_index(Path(config.data.val_index)) if config.data.val_index else None,
+        index=index_of(run, "index", moved.index, config.data.index),
+        val_index=index_of(run, "val_index", moved.val_index, config.data.val_index) if has_val_index else None,
     )
 
 

@@ -10,10 +10,11 @@ import torch
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import as_saved, read_saved
 from fastbeit.config.sections import KernelsConfig
+from fastbeit.data.index.given import INDICES, NAMES
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import why_no_dali
 from fastbeit.engine.ranks import World
-from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, ConfigError, RunError
+from fastbeit.errors import CHECKPOINT_UNUSABLE, DATA_MISSING, USAGE, ConfigError, DataError, RunError
 from fastbeit.evaluate.masked import evaluate, token_histogram, unigram_baseline
 from fastbeit.model.beit import Beit, make_beit, num_outputs
 from fastbeit.model.kernels import chosen_kernels
@@ -69,7 +70,16 @@ class Figures:
         return None if self.train_crops_baseline is None else self.train_crops_baseline - self.train_crops_loss
 
 
-def open_run(run: Path) -> Trained:
+@dataclass(frozen=True)
+class Moved:
+    """What lies elsewhere than the run's settings say; None: it does not. The images are named by indices."""
+
+    tokenizer: Path | None = None
+    index: Path | None = None
+    val_index: Path | None = None
+
+
+def open_run(run: Path, moved: Moved | None = None) -> Trained:
     """Load the newest verified checkpoint of a run directory.
 
     Raises:
@@ -78,16 +88,15 @@ def open_run(run: Path) -> Trained:
     check_run(run)
     checkpoint = resolve_checkpoint(run)
     state = load_state(checkpoint)
-    config = _with_a_pipeline(as_saved(Config, settings_of(run, state)))
-    if config.objective == "tokens" and not Path(config.tokenizer.path).exists():
-        raise RunError(f"the run's tokenizer '{config.tokenizer.path}' is gone", DATA_MISSING)
+    config, moved = _with_a_pipeline(as_saved(Config, settings_of(run, state))), moved or Moved()
     world = World(rank=0, size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = load_tokenizer(config.tokenizer.path, world.device) if config.objective == "tokens" else None
-    if tokenizer and tokenizer.fingerprint != state.get("tokenizer"):
+    tokenizer = _tokenizer_of(config, state, moved, world.device) if config.objective == "tokens" else None
+    index = index_of(run, "index", moved.index, config.data.index)
+    if index.fingerprint != state.get("index", index.fingerprint):
         raise RunError(
-            f"'{config.tokenizer.path or bundled_path()}' is not the tokenizer that the run was trained with",
-            CHECKPOINT_UNUSABLE,
+            f"'{index.location}' is not the index that the run was trained on; name that by --data", CHECKPOINT_UNUSABLE
         )
+    has_val_index = bool(moved.val_index or config.data.val_index)
     # by what runs here, whatever the run was trained by
     free = config.model_copy(update={"kernels": KernelsConfig()})
     vocab_size = tokenizer.vocab_size if tokenizer else None
@@ -105,9 +114,35 @@ def open_run(run: Path) -> Trained:
         state=state,
         model=model.to(world.device),
         tokenizer=tokenizer,
-        index=open_index(Path(config.data.index)),
-        val_index=open_index(Path(config.data.val_index)) if config.data.val_index else None,
+        index=index,
+        val_index=index_of(run, "val_index", moved.val_index, config.data.val_index) if has_val_index else None,
     )
+
+
+def _tokenizer_of(config: Config, state: dict[str, Any], moved: Moved, device: torch.device) -> Tokenizer:
+    """That of the run: where the user names it, or where its settings do; or where it was when its tokens were made."""
+    places = [config.tokenizer.path, state.get("tokenizer_path") or config.tokenizer.path]
+    found, exit_code = [], DATA_MISSING
+    for place in [str(moved.tokenizer)] if moved.tokenizer else dict.fromkeys(places):
+        if place and not Path(place).exists():
+            found.append(f"the run's tokenizer '{place}' is gone")
+            continue
+        tokenizer = load_tokenizer(place, device)
+        if tokenizer.fingerprint == state.get("tokenizer"):
+            return tokenizer
+        found.append(f"'{place or bundled_path()}' is not the tokenizer that the run was trained with")
+        exit_code = CHECKPOINT_UNUSABLE
+    raise RunError(f"{' and '.join(found)}; name its directory by --tokenizer DIR", exit_code)
+
+
+def index_of(run: Path, key: str, named: Path | None, path: str) -> Index:
+    """Where the user names it, or where the settings do; or in the run, which may have been moved."""
+    if named or Path(path).exists():
+        return open_index(named or Path(path))
+    own, option = run / INDICES / NAMES[key], {"index": "--data", "val_index": "--val"}[key]
+    if not own.exists():
+        raise DataError(f"the run's index '{path}' is gone; name it, or its images, by {option}")
+    return open_index(own)
 
 
 def check_run(run: Path) -> None:

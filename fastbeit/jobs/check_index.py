@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from fastbeit.config.sections import DataConfig
 from fastbeit.data.decode import check
 from fastbeit.data.index.checked import checked_path, write_checked
+from fastbeit.data.index.given import indexed_for_now
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.progress import Progress
 from fastbeit.data.workers import load_items
@@ -23,25 +25,41 @@ from fastbeit.train.stop import Stop, StopWanted
 TOGETHER, TOGETHER_AT_MOST = 32, 256  # images a process decodes before it answers: tenths of a second, or seconds
 
 
-def check_index(path: Path, num_workers: int) -> int:
+def check_index(source: Path, num_workers: int) -> int:
     """Decode all images of an index, as for DALI: JPEGs at 1/8 of their size, which finds the same damage.
 
     The bad ones go, with their reasons, to a file beside it, `images.idx.bad`; what need not be checked again goes to
-    `images.idx.checked`.
+    `images.idx.checked`. Of a source that is no index nothing is kept: the bad ones are printed.
 
     Returns:
         The exit code: done when all are good, else that of bad data.
 
     Raises:
-        DataError: there is no index, it is damaged, or what it was made of is gone (66).
+        DataError: there is no index or source, it is damaged, or what it was made of is gone (66).
         RunError: either cannot be written (73), or a file brought its decoder down.
         KeyboardInterrupt: stopped by SIGINT or SIGTERM; what an earlier check found then stays.
     """
-    index = open_index(path)
-    index.check_whole()
-    print("the index is the one that was written (sha256)", flush=True)
-    listed = path.with_name(path.name + ".bad")
+    with indexed_for_now(DataConfig().model_copy(update={"index": str(source)})) as data:
+        index = open_index(Path(data.index))
+        index.check_whole()
+        if index.location != source:
+            return _print_bad(index, num_workers)
+        print("the index is the one that was written (sha256)", flush=True)
+        return _list_bad(index, num_workers)
+
+
+def _print_bad(index: Index, num_workers: int) -> int:
     began, num_bad = time.perf_counter(), 0
+    for _, found in _look_at_all(index, num_workers):
+        for i, reason in found.bad:
+            print(f"{index.name(i)!r}: {reason}", flush=True)
+        num_bad += len(found.bad)
+    return _verdict(index, began, num_bad, "repair or remove them")
+
+
+def _list_bad(index: Index, num_workers: int) -> int:
+    path, began, num_bad = index.location, time.perf_counter(), 0
+    listed = path.with_name(path.name + ".bad")
     mean_grey = np.full(len(index), np.nan)
     try:
         with writing(f"what was found, '{listed}',", exit_code=CANNOT_CREATE):
@@ -59,13 +77,14 @@ def check_index(path: Path, num_workers: int) -> int:
     finally:
         for left in (listed, checked_path(path)):
             aside(left).unlink(missing_ok=True)
+    return _verdict(index, began, num_bad, f"listed in '{listed}'; repair or remove them, and make the index again")
+
+
+def _verdict(index: Index, began: float, num_bad: int, remedy: str) -> int:
     seconds = time.perf_counter() - began
     rate = f"{counted(len(index), 'image')} decoded in {seconds:.1f} s, {len(index) / seconds:.0f} img/s"
-    if not num_bad:
-        print(f"{rate}: all are good")
-        return DONE
-    print(f"{rate}: {num_bad:,} are bad, listed in '{listed}'; repair or remove them, and make the index again")
-    return DATA_LIMIT
+    print(f"{rate}: all are good" if not num_bad else f"{rate}: {num_bad:,} are bad, {remedy}")
+    return DATA_LIMIT if num_bad else DONE
 
 
 @dataclass(frozen=True)

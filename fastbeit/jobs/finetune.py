@@ -18,6 +18,7 @@ from fastbeit.config.sections import OptimConfig
 from fastbeit.data.augment import draw_erasures, erase_
 from fastbeit.data.batch import Batch
 from fastbeit.data.epochs import steps_per_epoch
+from fastbeit.data.index.given import index_sources, missing
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.labelled import check_labels, make_labelled_loader
 from fastbeit.data.mix import draw_mix, mix
@@ -35,13 +36,13 @@ from fastbeit.model.kernels import chosen_kernels
 from fastbeit.model.vit import normalise
 from fastbeit.plural import counted
 from fastbeit.train.beginning import how, kernels_before
-from fastbeit.train.checkpoint import resolve_checkpoint
+from fastbeit.train.checkpoint import newest_first, resolve_checkpoint
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Reading, check_batch, train
 from fastbeit.train.pipeline import settle_pipeline
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop
-from fastbeit.weights.start import Start, start_from
+from fastbeit.weights.start import Start, lines_of, missing_init, start_of
 
 FEWEST = 2  # classes that there is something to tell apart
 
@@ -59,20 +60,26 @@ def finetune(config: FinetuneConfig, command: list[str]) -> int:
         RunError: bad config, data, weights or checkpoint; the message says what to do.
     """
     _check_paths(config)
-    out, world = Path(config.out), start_world(config.engine)
+    out, checkpoints = Path(config.out), Path(config.out) / "checkpoints"
+    world = start_world(config.engine)
     check_batch(config.optim, world)
     config, pipeline = settle_pipeline(config, world, out, None)
-    index, val_index = _open(config.data.index, config), _open(config.data.val_index, config)
-    assert index
-    _check_classes(index, val_index)
-    before = kernels_before(out / "checkpoints") if world.rank == 0 else None
-    start = _start(config, len(index.class_names), world, is_fresh=before is None)
-    chosen = chosen_kernels(config, len(index.class_names), world, before)
-    lines = [str(pipeline), *chosen.lines, how(config.engine, world.device)]
-    task = Finetuning(chosen.config, world, index, val_index, start, lines, {"kernels": chosen.kept})
-    with claim(out, config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
-        world.barrier()
-        outcome = train(task, config, world, out, stop, command)
+    with claim(out, config) if world.rank == 0 else contextlib.nullcontext():
+        is_fresh = not newest_first(checkpoints)
+        data, indexed = index_sources(config.data, out, not is_fresh, world.from_first)
+        config = config.model_copy(update={"data": data})
+        index = open_index(Path(data.index), data.levels)
+        val_index = open_index(Path(data.val_index), data.levels) if data.val_index else None
+        _check_classes(index, val_index)
+        classes = index.class_names
+        start = start_of(config, lambda: make_classifier(config, len(classes)), world, is_fresh, classes)
+        before = kernels_before(checkpoints) if world.rank == 0 else None
+        chosen = chosen_kernels(config, len(classes), world, before)
+        lines = [*indexed, str(pipeline), *chosen.lines, how(config.engine, world.device)]
+        task = Finetuning(chosen.config, world, index, val_index, start, lines, {"kernels": chosen.kept})
+        with Stop() as stop:
+            world.barrier()
+            outcome = train(task, config, world, out, stop, command)
     world.leave()
     if world.rank == 0 and outcome.checkpoint:
         print(f"checkpoint: {outcome.checkpoint}")
@@ -195,7 +202,7 @@ class Finetuning:
         log.say(_spread(self.index))
         if not config.init:
             log.say("start: from scratch, for init is not set")
-        for line in [*(self.weights.lines if self.weights else []), *self.lines]:
+        for line in [*lines_of(self.weights, config.init, log.first_step), *self.lines]:
             log.say(line)
         log.say(f"index: {self.index.checked}; `fastbeit index check` compares all, and decodes the images")
         if not self.val_index:
@@ -223,10 +230,6 @@ def _spread(index: Index) -> str:
     )
 
 
-def _open(path: str, config: FinetuneConfig) -> Index | None:
-    return open_index(Path(path), config.data.levels) if path else None
-
-
 def _check_classes(index: Index, val_index: Index | None) -> None:
     """
     Raises:
@@ -244,33 +247,12 @@ def _check_classes(index: Index, val_index: Index | None) -> None:
         numbers_of(val_index, index.class_names)
 
 
-def _start(config: FinetuneConfig, num_classes: int, world: World, is_fresh: bool) -> Start | None:
-    """The weights of `init` for a fresh run, on rank 0, which gives them to the others; errors on all ranks."""
-    found, error = None, None
-    if world.rank == 0 and config.init and is_fresh:
-        try:
-            with torch.device("meta"):
-                empty = make_classifier(config, num_classes)
-            data = config.data
-            found = start_from(Path(config.init), empty, config.model, data.image_size, mean=data.mean, std=data.std)
-        except RunError as err:
-            error = err
-    told = world.first(error and (str(error), error.exit_code))
-    if told:
-        raise RunError(*told)
-    return found
-
-
 def _check_paths(config: FinetuneConfig) -> None:
     """What a run cannot do without is said before anything is started, all of it at once."""
     unset = [key for key, value in {"out": config.out, "data.index": config.data.index}.items() if not value]
+    lines = [f"{key} is not set; add {key}=PATH" for key in unset]
+    lines += [*missing(config.data, Path(config.out)), *missing_init(config.init, Path(config.out))]
     if unset:
-        raise ConfigError("\n".join(f"{key} is not set; add {key}=PATH" for key in unset))
-    paths = {"data.index": config.data.index, "data.val_index": config.data.val_index}
-    gone = [
-        f"{key}: '{path}' does not exist; make it with `fastbeit index SOURCE -o {path}`"
-        for key, path in paths.items()
-        if path and not Path(path).exists()
-    ]
-    if gone:
-        raise RunError("\n".join(gone), DATA_MISSING)
+        raise ConfigError("\n".join(lines))
+    if lines:
+        raise RunError("\n".join(lines), DATA_MISSING)

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from fastbeit.data.index.checked import checked_path
-from fastbeit.data.index.scan import Division, build_index
-from fastbeit.data.index.summary import write_skipped
-from fastbeit.errors import DONE, writing
+from fastbeit.data.index.given import list_images, skipped_path
+from fastbeit.data.index.scan import Division
+from fastbeit.errors import DONE
 
 
 def index(source: Path, output: Path, division: Division | None = None) -> int:
@@ -15,16 +14,8 @@ def index(source: Path, output: Path, division: Division | None = None) -> int:
         DataError: there is no image in it, or there are too few to be divided (66).
         RunError: an index (73) or the list beside it (74) cannot be written.
     """
-    summary = build_index(source, output, division=division)
+    summary = list_images(source, output, division)
     print(summary)
-    listed = output.with_name(output.name + ".skipped")
-    with writing(f"'{listed}'"):
-        # what was checked of an earlier index says nothing of this one, even where it is the same: a file may be
-        # repaired
-        for path in (listed, *map(checked_path, summary.written)):
-            path.unlink(missing_ok=True)
-        if summary.skipped:
-            write_skipped(listed, summary.skipped)
     if summary.skipped:
-        print(f"skipped files are listed in {listed}")
+        print(f"skipped files are listed in {skipped_path(output)}")
     return DONE

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbeit.config.sections import EngineConfig
-from fastbeit.data.index.opened import opened
+from fastbeit.data.index.given import opened
 from fastbeit.data.index.reader import Index
 from fastbeit.engine.ranks import device_of
 from fastbeit.errors import CANNOT_CREATE, DATA_MISSING, DONE, DataError, writing

@@ -16,6 +16,7 @@ from fastbeit import masking
 from fastbeit.config.pretrain import Config
 from fastbeit.data.batch import Batch
 from fastbeit.data.epochs import steps_per_epoch
+from fastbeit.data.index.given import index_sources, missing
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
 from fastbeit.data.sampling import drop_path_keep
@@ -34,11 +35,13 @@ from fastbeit.plural import counted
 from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
 from fastbeit.tokenizer.source import TokenSource, open_token_source
 from fastbeit.train.beginning import how, kernels_before
+from fastbeit.train.checkpoint import newest_first
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Reading, check_batch, train
 from fastbeit.train.pipeline import settle_pipeline
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop
+from fastbeit.weights.start import Start, lines_of, missing_init, start_of
 
 
 def pretrain(config: Config, command: list[str]) -> int:
@@ -60,18 +63,25 @@ def pretrain(config: Config, command: list[str]) -> int:
     check_batch(config.optim, world)
     tokens = Path(config.data.tokens) if config.data.tokens else None
     config, pipeline = settle_pipeline(config, world, Path(config.out), tokens)
-    index = open_index(Path(config.data.index), config.data.levels)
-    source = open_token_source(config, index, world.device)
-    opened = time.perf_counter()
-    before = kernels_before(Path(config.out) / "checkpoints") if world.rank == 0 else None
-    chosen = chosen_kernels(config, num_outputs(config, source.vocab_size), world, before)
-    tried = time.perf_counter()
-    took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {tried - opened:.1f} s"
-    lines = [str(pipeline), *chosen.lines, how(config.engine, world.device), took, *warnings]
-    task = Pretraining(chosen.config, world, index, source, lines, {"kernels": chosen.kept})
-    with claim(Path(config.out), config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
-        world.barrier()
-        outcome = train(task, config, world, Path(config.out), stop, command)
+    out, checkpoints = Path(config.out), Path(config.out) / "checkpoints"
+    with claim(out, config) if world.rank == 0 else contextlib.nullcontext():
+        is_fresh = not newest_first(checkpoints)
+        data, indexed = index_sources(config.data, out, not is_fresh, world.from_first)
+        config = config.model_copy(update={"data": data})
+        index = open_index(Path(data.index), data.levels)
+        source = open_token_source(config, index, world.device)
+        start = start_of(config, lambda: make_beit(config, source.vocab_size), world, is_fresh)
+        opened = time.perf_counter()
+        before = kernels_before(checkpoints) if world.rank == 0 else None
+        chosen = chosen_kernels(config, num_outputs(config, source.vocab_size), world, before)
+        tried = time.perf_counter()
+        took = f"start: ranks, index and tokenizer {opened - began:.1f} s, trials of kernels {tried - opened:.1f} s"
+        lines = [*indexed, str(pipeline), *chosen.lines, how(config.engine, world.device), took, *warnings]
+        kept = {"kernels": chosen.kept, "tokenizer_path": source.tokenizer_path}
+        task = Pretraining(chosen.config, world, index, source, start, lines, kept)
+        with Stop() as stop:
+            world.barrier()
+            outcome = train(task, config, world, out, stop, command)
     world.leave()
     if world.rank == 0 and outcome.checkpoint:
         print(f"checkpoint: {outcome.checkpoint}")
@@ -92,15 +102,17 @@ class Pretraining:
         world: World,
         index: Index,
         source: TokenSource,
+        start: Start | None = None,
         lines: Sequence[str] = (),
         kept: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
+            start: weights that a fresh run starts with; None: the authors' start, and on ranks other than 0.
             lines: what the log shall say of how this is run.
             kept: what checkpoints shall say of it.
         """
-        self.lines, self.kept = lines, kept or {}
+        self.weights, self.lines, self.kept = start, lines, kept or {}
         self.config, self.optim, self.world, self.index, self.source = config, config.optim, world, index, source
         self.origin = {"index": index.fingerprint, "tokenizer": source.fingerprint}
         self.num_images, optim = len(index), config.optim
@@ -124,7 +136,9 @@ class Pretraining:
         return make_beit(self.config, vocab_size=self.source.vocab_size)
 
     def start(self, model: nn.Module) -> None:
-        """From the authors' initialisation."""
+        """From the authors' initialisation, or from weights of another model where they fit."""
+        if self.weights:
+            self.weights.load(model)
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         loader = make_loader(
@@ -185,7 +199,7 @@ class Pretraining:
             f"{counted(self.num_images, 'image')}, {parameters:,} parameters, {counted(world.size, 'rank')} on "
             f"{world.device.type}, steps {log.first_step} to {log.num_steps}, out {config.out}"
         )
-        for line in self.lines:
+        for line in [*lines_of(self.weights, config.init, log.first_step), *self.lines]:
             log.say(line)
         if world.device.type == "cuda":
             gflop = f"{self.flops_per_image / 1e9:.1f} GFLOP an image"
@@ -216,22 +230,21 @@ def _check_paths(config: Config) -> None:
     """What a run cannot do without is said before anything is started, all of it at once."""
     unset = [key for key, value in {"out": config.out, "data.index": config.data.index}.items() if not value]
     lines = [f"{key} is not set; add {key}=PATH" for key in unset]
-    paths = {"data.index": config.data.index, "data.val_index": config.data.val_index}
-    paths |= {"probe.index": config.probe.index, "probe.val_index": config.probe.val_index}
-    if config.objective == "tokens":
-        paths["tokenizer.path"] = config.tokenizer.path
-    for key, value in paths.items():
-        if value and not Path(value).exists():
-            lines.append(f"{key}: '{value}' does not exist; {_how_to_make(key, value)}")
+    lines += missing(config.data, Path(config.out))
+    for key, path in {"probe.index": config.probe.index, "probe.val_index": config.probe.val_index}.items():
+        if path and not Path(path).exists():
+            lines.append(f"{key}: '{path}' does not exist; make it with `fastbeit index SOURCE -o {path}`")
+    lines += missing_init(config.init, Path(config.out))
+    path = config.tokenizer.path
+    if config.objective == "tokens" and path and not Path(path).exists():
+        lines.append(f"tokenizer.path: '{path}' does not exist; {_how_to_get(path)}")
     if unset:
         raise ConfigError("\n".join(lines))
     if lines:
         raise RunError("\n".join(lines), DATA_MISSING)
 
 
-def _how_to_make(key: str, path: str) -> str:
-    if key != "tokenizer.path":
-        return f"make it with `fastbeit index SOURCE -o {path}`"
+def _how_to_get(path: str) -> str:
     return (
         f"get OpenAI's with `fastbeit tokenizer fetch -o {path}`, or make it of weights that you have with `fastbeit "
         f"tokenizer import FILE -o {path}`, or of your images with `fastbeit tokenizer train --data INDEX -o {path}`; "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastbeit.config.sections import EngineConfig
-from fastbeit.data.index.opened import opened
+from fastbeit.data.index.given import opened
 from fastbeit.data.index.reader import Index
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World, device_of

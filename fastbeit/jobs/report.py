@@ -9,27 +9,41 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
+from fastbeit.config.sections import DataConfig
+from fastbeit.data.index.given import indexed_for_now
 from fastbeit.errors import DONE, writing
 from fastbeit.evaluate import finetuned_page
 from fastbeit.evaluate import page as html
 from fastbeit.evaluate.attention import UNCHOSEN, Reference
-from fastbeit.evaluate.finished_run import Figures, Trained, is_finetuning, measure, open_run
+from fastbeit.evaluate.finished_run import Figures, Moved, Trained, is_finetuning, measure, open_run
 from fastbeit.files import read_records, write_whole
 
 
-def report(run_folder: Path, page: Path | None, num_crops: int, reference: Reference) -> int:
-    """Write the page and say what it says first; returns the exit code. Arguments as of `write_report`."""
-    if is_finetuning(run_folder):
-        written, said = finetuned_page.write_report(run_folder, page, reference)
-    else:
-        written, figures = write_report(run_folder, page, num_crops, reference)
-        said = verdict(figures)
+def report(
+    run_folder: Path, page: Path | None, num_crops: int, reference: Reference = UNCHOSEN, moved: Moved | None = None
+) -> int:
+    """Write the page and say what it says first; returns the exit code.
+
+    Args:
+        moved: what lies elsewhere than when the run was trained; of images also a source, which is indexed for this.
+            Others as of `write_report`.
+    """
+    moved = moved or Moved()
+    images = {"index": str(moved.index or ""), "val_index": str(moved.val_index or "")}
+    with indexed_for_now(DataConfig().model_copy(update=images)) as data:
+        index, val_index = (Path(path) if path else None for path in (data.index, data.val_index))
+        moved = Moved(moved.tokenizer, index, val_index)
+        if is_finetuning(run_folder):
+            written, said = finetuned_page.write_report(run_folder, page, reference, moved)
+        else:
+            written, figures = write_report(run_folder, page, num_crops, reference, moved)
+            said = verdict(figures)
     print(f"{said}\nreport: {written}")
     return DONE
 
 
 def write_report(
-    run_folder: Path, page: Path | None, num_crops: int, reference: Reference = UNCHOSEN
+    run_folder: Path, page: Path | None, num_crops: int, reference: Reference = UNCHOSEN, moved: Moved | None = None
 ) -> tuple[Path, Figures]:
     """Measure and draw a pre-training: PNG files and `report.json` in RUN/report, and one self-contained HTML page.
 
@@ -42,7 +56,7 @@ def write_report(
         RunError: as `open_run`; the model has no such patch or block, or matplotlib is missing (2); the page or a file
             of RUN/report cannot be written (74).
     """
-    pictures, run = html.import_pictures(), open_run(run_folder)
+    pictures, run = html.import_pictures(), open_run(run_folder, moved)
     points, block = reference.resolved(run.config.grid, run.config.model.depth)
     page, folder = html.places(run_folder, page)
     figures = measure(run, num_crops)

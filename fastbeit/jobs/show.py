@@ -19,6 +19,7 @@ from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Levels, Size
 from fastbeit.data.decode import decode
 from fastbeit.data.epochs import steps_per_epoch
+from fastbeit.data.index.given import indexed_for_now
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
 from fastbeit.data.plans import Plans
@@ -77,6 +78,13 @@ def show(config: Config, output: Path, num_images: int) -> str:
     """
     if not config.data.index:
         raise ConfigError("data.index is not set; add data.index=PATH")
+    # held-out images are not shown
+    images = config.data.model_copy(update={"val_index": ""})
+    with indexed_for_now(images) as data:
+        return _show(config.model_copy(update={"data": data}), output, num_images)
+
+
+def _show(config: Config, output: Path, num_images: int) -> str:
     if num_images < 1 or output.suffix.lower() != ".png":
         raise ConfigError(f"a sheet wants at least one image and a name in .png; got {num_images} for '{output}'")
     warnings = masking.try_rule(masking.rule_of(config))

@@ -16,14 +16,15 @@ from tqdm import tqdm
 
 from fastbeit.config.pretrain import Config
 from fastbeit.data.batch import TokenViews
+from fastbeit.data.index.given import index_sources, kept_or_gone
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_token_loader
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import DATA_MISSING, DONE, PREEMPTED, ConfigError, DataError
 from fastbeit.plural import counted
 from fastbeit.tokenizer.cache.reader import BAD, BAD_SAMPLES, FORMAT, Card, how_far, make_recipe
-from fastbeit.tokenizer.cache.writer import CacheWriter, chunk_rows
-from fastbeit.tokenizer.disk import BUNDLED_NOTE, is_bundled
+from fastbeit.tokenizer.cache.writer import CacheWriter, chunk_rows, is_begun, refuse_others_files
+from fastbeit.tokenizer.disk import BUNDLED_NOTE, absolute, is_bundled
 from fastbeit.tokenizer.precision import Chosen
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.source import load_run_tokenizer
@@ -59,22 +60,38 @@ def tokenize(config: Config, command: list[str]) -> int:
         raise ConfigError("data.index is not set; add data.index=PATH")
     folder = Path(config.data.tokens or DEFAULT_FOLDER)
     world = start_world(config.engine)
-    index = open_index(Path(config.data.index), config.data.levels)
+    # held-out images get no tokens
+    config = config.model_copy(update={"data": config.data.model_copy(update={"val_index": ""})})
     config, pipeline = settle_pipeline(config, world, None, folder)
-    if world.rank == 0:
-        print(pipeline)
-    chosen = load_run_tokenizer(config, index, world.device)
-    card = Card(
-        format=FORMAT,
-        recipe=make_recipe(config, index, chosen.tokenizer),
-        precision=chosen.precision,
-        chunk_rows=chunk_rows(config.data.num_crops),
-        command=shlex.join(command),
-    )
-    writer = CacheWriter(folder, card, world.rank)
-    with hold(folder, "data.tokens") if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
-        world.barrier()
-        return _tokenize(config, index, chosen, writer, world, stop)
+    with _claim(folder) if world.rank == 0 else contextlib.nullcontext():
+        data, lines = index_sources(config.data, folder, is_begun(folder), world.from_first)
+        config = config.model_copy(update={"data": data})
+        index = open_index(Path(data.index), data.levels)
+        if world.rank == 0:
+            print(*lines, pipeline, sep="\n")
+        chosen = load_run_tokenizer(config, index, world.device)
+        card = Card(
+            format=FORMAT,
+            recipe=make_recipe(config, index, chosen.tokenizer),
+            precision=chosen.precision,
+            chunk_rows=chunk_rows(config.data.num_crops),
+            command=shlex.join(command),
+            tokenizer_path=absolute(config.tokenizer.path),
+        )
+        writer = CacheWriter(folder, card, world.rank)
+        with Stop() as stop:
+            world.barrier()
+            return _tokenize(config, index, chosen, writer, world, stop)
+
+
+@contextlib.contextmanager
+def _claim(folder: Path) -> Iterator[None]:
+    """Hold the directory; where no token was begun, an index that was made for them does not stay."""
+    with hold(folder, "data.tokens"):
+        refuse_others_files(folder)
+        was_begun = is_begun(folder)
+        with kept_or_gone(folder, lambda: is_begun(folder) and not was_begun):
+            yield
 
 
 def _tokenize(config: Config, index: Index, chosen: Chosen, writer: CacheWriter, world: World, stop: Stop) -> int:

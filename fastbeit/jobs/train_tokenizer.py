@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastbeit.config.sections import DataConfig
 from fastbeit.config.tokenizer import TokenizerTrainConfig
 from fastbeit.data.batch import Batch
 from fastbeit.data.epochs import steps_per_epoch
+from fastbeit.data.index.given import index_sources
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import make_loader
 from fastbeit.data.progress import reported
@@ -29,9 +30,10 @@ from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.quality import Quality, WordUsage, measure_quality, verdict
 from fastbeit.tokenizer.training.kmeans_start import solve_both_ends
 from fastbeit.tokenizer.training.objective import DvaeTrainer, gumbel_noise
+from fastbeit.train.checkpoint import newest_first
 from fastbeit.train.log import RunLog
 from fastbeit.train.loop import Look, Outcome, Reading, check_batch, train
-from fastbeit.train.pipeline import Choice, settle_pipeline
+from fastbeit.train.pipeline import settle_pipeline
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop, StopWanted
 
@@ -39,13 +41,13 @@ NUM_SHOWN = 8  # images on TensorBoard, above their reconstructions
 
 
 def train_tokenizer(
-    config: TokenizerTrainConfig, index_path: Path, val_index_path: Path | None, out: Path, command: list[str]
+    config: TokenizerTrainConfig, source: Path, val_source: Path | None, out: Path, command: list[str]
 ) -> int:
     """Train until `optim.steps`, or go on with a training that was interrupted, and write the tokenizer to `out`.
 
     Args:
-        index_path: index of the images, made by `build_index`.
-        val_index_path: index of held-out images that the tokenizer is judged by; None: not judged.
+        source: the images: an index, or what `build_index` takes.
+        val_source: held-out images that the tokenizer is judged by; None: not judged.
         command: what the user typed; said again when the training stops early, and kept on the tokenizer's card.
 
     Returns:
@@ -54,23 +56,27 @@ def train_tokenizer(
     Raises:
         RunError: bad data, or `out` holds something else; the message says what to do.
     """
+    images = DataConfig().model_copy(update={"index": str(source), "val_index": str(val_source or "")})
     world = start_world(config.engine)
     check_batch(config.optim.adamw, world)
     config, pipeline = settle_pipeline(config, world, out, None)
     levels = config.data.levels
-    val_index = open_index(val_index_path, levels) if val_index_path else None
-    task = DvaeTraining(config, world, open_index(index_path, levels), val_index, pipeline)
-    with claim(out, config) if world.rank == 0 else contextlib.nullcontext(), Stop() as stop:
-        world.barrier()
-        outcome = train(task, config, world, out, stop, command)
-        code = outcome.exit_code
-        if code == DONE and world.rank == 0:
-            try:
-                with stop.interrupts():
-                    _finish(task, outcome, out, command)
-            except StopWanted:
-                code = PREEMPTED
-                print(f"stopped while the tokenizer was judged; to go on: {shlex.join(command)}", file=sys.stderr)
+    with claim(out, config) if world.rank == 0 else contextlib.nullcontext():
+        images, lines = index_sources(images, out, bool(newest_first(out / "checkpoints")), world.from_first)
+        val_index = open_index(Path(images.val_index), levels) if images.val_index else None
+        index = open_index(Path(images.index), levels)
+        task = DvaeTraining(config, world, index, val_index, [*lines, str(pipeline)])
+        with Stop() as stop:
+            world.barrier()
+            outcome = train(task, config, world, out, stop, command)
+            code = outcome.exit_code
+            if code == DONE and world.rank == 0:
+                try:
+                    with stop.interrupts():
+                        _finish(task, outcome, out, command)
+                except StopWanted:
+                    code = PREEMPTED
+                    print(f"stopped while the tokenizer was judged; to go on: {shlex.join(command)}", file=sys.stderr)
     world.leave()
     return code
 
@@ -116,9 +122,13 @@ class DvaeTraining:
     kept: dict[str, Any] = {}
 
     def __init__(
-        self, config: TokenizerTrainConfig, world: World, index: Index, val_index: Index | None, pipeline: Choice
+        self, config: TokenizerTrainConfig, world: World, index: Index, val_index: Index | None, lines: Sequence[str]
     ) -> None:
-        self.pipeline = pipeline
+        """
+        Args:
+            lines: what the log shall say of how this is run.
+        """
+        self.lines = lines
         self.config, self.world, self.index, self.val_index = config, world, index, val_index
         self.optim = config.optim.adamw
         self.ema_decay: float | None = config.objective.ema_decay
@@ -218,7 +228,8 @@ class DvaeTraining:
         )
         if log.first_step:
             log.say(f"going on from the checkpoint of step {log.first_step}")
-        log.say(str(self.pipeline))
+        for line in self.lines:
+            log.say(line)
 
     def _calm_crops(self, num_steps: int) -> list[Batch]:
         """Without jitter, of held-out images if there are any; other crops than those of training."""

@@ -5,6 +5,7 @@ other names, `NAME.safetensors` and `NAME.json`, goes by the first of them: the 
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -183,6 +184,11 @@ def in_memory(encoder: nn.Module, decoder: nn.Module | None = None, dtype: torch
         return deepcopy(decoder).float()
 
     return kind.tokenizer(deepcopy(encoder).float(), read_decoder, "", dtype)
+
+
+def absolute(path: str) -> str:
+    """Of a tokenizer's path, for a job that is started elsewhere; the bundled one has none."""
+    return os.path.abspath(path) if path else ""
 
 
 def bundled_path() -> Path:

@@ -17,7 +17,7 @@ from fastbeit.data.to_device import move
 from fastbeit.errors import USAGE, RunError
 from fastbeit.masking import Slots
 from fastbeit.tokenizer.cache.reader import TokenCache, check_cache, open_cache
-from fastbeit.tokenizer.disk import load_tokenizer
+from fastbeit.tokenizer.disk import absolute, load_tokenizer
 from fastbeit.tokenizer.precision import DTYPES, Chosen, choose_tokenizer, encoding_dtype
 from fastbeit.tokenizer.protocol import Tokenizer
 
@@ -33,6 +33,11 @@ class TokenSource(Protocol):
     @property
     def fingerprint(self) -> str | None:
         """Of the tokenizer that made the tokens, now or for a cache."""
+        ...
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Where that tokenizer was then, absolute; empty: it is the bundled one, or nobody knows."""
         ...
 
     @property
@@ -90,6 +95,7 @@ def _some_views(config: Config, index: Index, token_size: Size) -> Tensor:
 
 class NoTokens:
     vocab_size = fingerprint = token_size = agreement = None
+    tokenizer_path = ""
 
     def tokens(self, batch: Batch, slots: Slots) -> None:
         return None
@@ -109,6 +115,7 @@ class EncodedTokens:
         self.agreement, self._line = chosen.agreement, chosen.line
         self.vocab_size, self.fingerprint = self._tokenizer.vocab_size, self._tokenizer.fingerprint
         self.token_size = self._tokenizer.view_size(config.grid)
+        self.tokenizer_path = absolute(config.tokenizer.path)
 
     def tokens(self, batch: Batch, slots: Slots) -> Tensor:
         assert batch.token_images is not None
@@ -129,6 +136,7 @@ class CachedTokens:
     def __init__(self, cache: TokenCache, config: Config, index: Index, device: torch.device) -> None:
         self._cache, self._config, self._device = cache, config, device
         self.vocab_size, self.fingerprint = cache.vocab_size, cache.fingerprint
+        self.tokenizer_path = absolute(config.tokenizer.path) or cache.card.tokenizer_path
         check_cache(cache, config, index)
         if config.data.val_index or config.tokenizer.path:
             # now, not after the first thousand steps

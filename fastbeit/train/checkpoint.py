@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastbeit.config.read import as_saved
 from fastbeit.engine.protocol import Engine
 from fastbeit.engine.ranks import World
-from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, ConfigError, RunError, writing
+from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, USAGE, ConfigError, RunError, writing
 from fastbeit.files import UNFINISHED, do_without, move_folder, sha256, share, sync, write_whole
 from fastbeit.train.ema import PREFIX, Average
 from fastbeit.train.settings import Changes, changes, compared, fixed, in_words
@@ -54,6 +54,7 @@ class Saver:
         self._changes: Changes = self._compare(num_steps) if self.last_checkpoint else {}
         self.first_step = self.last_step = self._state.get("step", 0)
         self.seconds_before: float = self._state.get("seconds", 0.0)
+        self.schedule: list[int] | None = self._state.get("schedule")  # steps and warmup that it was made under
         self.fit: dict[str, Any] | None = self._state.get("fit")  # of micro-batches; None: auto chose nothing
         self._weights = load_model(self.last_checkpoint) if self.last_checkpoint else {}
         # known to verify; the first stays while this training lasts
@@ -128,7 +129,9 @@ class Saver:
             raise RunError(f"'{path}' was made with other settings: {in_words(wrong)}; {remedy}", CHECKPOINT_UNUSABLE)
         if state["step"] > num_steps:
             raise RunError(
-                f"'{path}' is of step {state['step']}, but this training has {num_steps}; {remedy}", CHECKPOINT_UNUSABLE
+                f"'{path}' is of step {state['step']}, and optim.steps or optim.epochs now ask for {num_steps}: fewer "
+                f"than were taken. Ask for at least {state['step']} steps, or choose another out",
+                USAGE,
             )
         return found
 

@@ -167,9 +167,11 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     activations = str(compute_dtype(config.engine, world.device)).removeprefix("torch.")
     ran = {"ranks": world.size, "device": world.device.type, "activations": activations}
     ran["micro_batches"] = fit.accumulate
+    schedule = [task.num_steps, task.num_warmup]
 
     def save() -> None:
         known = {"ran": ran, "versions": _versions(), "seconds": time.monotonic() - began, "fit": fit.kept, **task.kept}
+        known["schedule"] = schedule
         saver.save(step, engine, model, average, known)
 
     def say() -> None:
@@ -218,6 +220,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
         if changes := saver.changes(ran | _versions()):
             log.say(f"other than in the part up to step {step}: {in_words(changes)}")
             log.write({"step": step, "event": "resume", "changes": changes})
+        if step and saver.schedule not in (None, schedule):
+            log.say(_another_schedule(step, saver.schedule, schedule, optim))
         task.greet(log, model)
         if fit.line:
             log.say(fit.line)
@@ -324,6 +328,15 @@ def is_due(step: int, every: int) -> bool:
 
 def _is_seen(look: Look, step: int, task: Task) -> bool:
     return step == task.num_steps or is_due(step, look.every)
+
+
+def _another_schedule(step: int, old: list[int], new: list[int], optim: OptimConfig) -> str:
+    """What a run of more or fewer steps than it was begun with does to its learning rate."""
+    was, now = (learning_rate(at, steps, warmup, optim) for at, (steps, warmup) in ((step - 1, old), (step, new)))
+    return (
+        f"schedule: of {counted(new[0], 'step')} from here on, up to step {step} of {old[0]:,}: the learning rate goes "
+        f"from {was:.2e} to {now:.2e}" + (", and falls again" if now > was else "")
+    )
 
 
 def check_batch(optim: OptimConfig, world: World) -> None:

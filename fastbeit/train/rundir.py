@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from fastbeit.config.read import as_saved, read_saved, save_config
 from fastbeit.config.sections import Section
+from fastbeit.data.index.given import INDICES, kept_or_gone
 from fastbeit.errors import CANNOT_CREATE, USAGE, ConfigError, RunError, writing
 from fastbeit.files import UNKNOWN, do_without, make_folder, try_out, unmake
 from fastbeit.train.checkpoint import newest_first
@@ -19,14 +20,23 @@ if sys.platform != "win32":
     import fcntl
 
 # what a training that has saved nothing can have left; `checkpoints` may be an empty folder
-BEFORE_A_CHECKPOINT = ("config.yaml", "log.jsonl", "bad_samples.jsonl", "tensorboard", "checkpoints", "profile.json")
+BEFORE_A_CHECKPOINT = (
+    "config.yaml",
+    "log.jsonl",
+    "bad_samples.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "profile.json",
+    INDICES,
+)
 
 
 @contextlib.contextmanager
 def claim(out: Path, config: Section) -> Iterator[None]:
     """Make `out` this run's directory, or take it up again; while the context lasts no other process can.
 
-    Nothing in it is written yet; `keep_config` does so, when every check has passed.
+    Nothing in it is written yet but the indices of sources, which go again where the start is refused; `keep_config`
+    writes when every check has passed.
 
     Raises:
         RunError: `out` is not writable (73), holds something else or another run, or is in use (2); the disk is full
@@ -36,7 +46,9 @@ def claim(out: Path, config: Section) -> Iterator[None]:
         _refuse_something_else(out)
     with hold(out, "out"):
         _refuse_another_run(out, config)
-        yield
+        _begun.discard(out)
+        with kept_or_gone(out, lambda: out in _begun):
+            yield
 
 
 def keep_config(out: Path, config: Any) -> None:
@@ -47,6 +59,10 @@ def keep_config(out: Path, config: Any) -> None:
     """
     with writing(f"'{out / 'config.yaml'}'"):
         save_config(config, out / "config.yaml")
+    _begun.add(out)
+
+
+_begun: set[Path] = set()  # directories of runs that this process has begun: all that is in them is kept
 
 
 @contextlib.contextmanager

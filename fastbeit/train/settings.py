@@ -4,11 +4,12 @@ from typing import Any
 
 from fastbeit.config.sections import Section
 
-# what may differ between the parts of one run: who runs it and what it says, not what it learns from
+# what may differ between the parts of one run: who runs it, what it says and how long it goes on, not what it learns
+# from; docs/distributed.md gives the reasons
 FREE_SECTIONS = ("out", "init", "engine", "kernels", "log", "probe", "profile")
 FREE_FIELDS = {
     "data": ("index", "val_index", "tokens", "num_workers"),
-    "optim": ("accumulate",),
+    "optim": ("accumulate", "steps", "epochs"),
     "tokenizer": ("path",),
 }
 Changes = dict[str, tuple[Any, Any]]  # dotted key: value before, and now

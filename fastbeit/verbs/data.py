@@ -54,7 +54,9 @@ def _check_index(args: list[str]) -> int:
         description="Compare all of an index with its checksums, of which a training compares a sample, and decode all "
         "of its images; those that are bad, or are not those that were indexed, are listed.",
     )
-    parser.add_argument("index", type=path, help="made by `fastbeit index`")
+    parser.add_argument(
+        "index", type=path, help="made by `fastbeit index`; or what that takes, of which bad images are then printed"
+    )
     parser.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes (a core each)")
     options = parser.parse_args(args)
 

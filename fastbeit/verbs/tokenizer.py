@@ -19,8 +19,8 @@ def _train_tokenizer(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastbeit tokenizer train", description="Train a dVAE of your own; the same command again continues."
     )
-    parser.add_argument("--data", type=path, required=True, help="index of the images, made by `fastbeit index`")
-    parser.add_argument("--val", type=path, help="index of held-out images that the tokenizer is judged by")
+    parser.add_argument("--data", type=path, required=True, help="images: an index, or what `fastbeit index` takes")
+    parser.add_argument("--val", type=path, help="likewise held-out ones that the tokenizer is judged by")
     parser.add_argument("-o", "--output", type=path, required=True, help="directory to write")
     parser.add_argument("--keys", action="store_true", help="list the settings that key=value takes")
 

@@ -112,13 +112,22 @@ def report_verb(args: list[str]) -> int:
         help="patches whose attention maps are drawn, from 0,0; the centre and the thirds of the grid when not given",
     )
     parser.add_argument("--block", type=int, metavar="N", help="whose maps, from 1; the last when not given")
+    parser.add_argument(
+        "--tokenizer", type=path, metavar="DIR", help="where the run's tokenizer is now, if it was moved"
+    )
+    parser.add_argument("--data", type=path, metavar="SOURCE", help="likewise its images: an index, or a folder")
+    parser.add_argument(
+        "--val", type=path, metavar="SOURCE", help="likewise held-out images, those of the run or others"
+    )
     options = parser.parse_args(args)
 
     from fastbeit.evaluate.attention import Reference
+    from fastbeit.evaluate.finished_run import Moved
     from fastbeit.jobs.report import report
 
     reference = Reference(tuple(options.points) if options.points else None, options.block)
-    return report(options.run, options.output, max(1, options.crops), reference)
+    moved = Moved(options.tokenizer, options.data, options.val)
+    return report(options.run, options.output, max(1, options.crops), reference, moved)
 
 
 def _point(text: str) -> tuple[int, int]:

@@ -6,16 +6,20 @@ model (mask token, last norm, heads) is taken where it is of the same kind, or s
 that does not fit is refused, with the settings that it wants.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fastbeit.config.finetune import VitConfig
 from fastbeit.config.sections import ModelConfig, Size
+from fastbeit.engine.ranks import World
 from fastbeit.errors import ConfigError
 from fastbeit.model.resize import resize_weights, share_out
 from fastbeit.plural import counted
+from fastbeit.train.checkpoint import ALIASES, newest_first
 from fastbeit.weights.inference import HEADS
 from fastbeit.weights.models import ModelWeights, read_model
 
@@ -43,12 +47,14 @@ def start_from(
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    classes: list[str] | None = None,
 ) -> Start:
     """Read weights of any kind that `read_model` knows, and make them fit.
 
     Args:
         empty: what they are for, with or without values; on the meta device it costs no memory.
         model, image_size, mean, std: its configuration.
+        classes: names of the rows of its `head`; None: it has none.
 
     Raises:
         ConfigError: the encoder is another one; says which settings it wants.
@@ -67,7 +73,7 @@ def start_from(
         (old, new) = (f"{down}x{across}" for down, across in grids)
         lines.append(f"start: positions of {old} patches, resized to {new}")
     wanted = {name: tensor.shape for name, tensor in empty.state_dict().items() if not name.endswith(INDEX)}
-    reasons = _left_out(tensors, wanted)
+    reasons = _left_out(tensors, wanted, found.classes != classes if found.classes and classes else False)
     taken = {name: tensor for name, tensor in tensors.items() if name not in reasons}
     lines += [f"start: {name} of the file left out: {why}" for name, why in _grouped(reasons).items()]
     missing = [name for name in wanted if name not in taken]
@@ -115,7 +121,7 @@ def _plain(value: object) -> str:
     return str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)
 
 
-def _left_out(tensors: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict[str, str]:
+def _left_out(tensors: dict[str, Tensor], wanted: dict[str, torch.Size], other_classes: bool) -> dict[str, str]:
     """Of names of the file, those that this model does not take, and why."""
     reasons = {}
     for name, tensor in tensors.items():
@@ -124,6 +130,8 @@ def _left_out(tensors: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict
             reasons[name] = NO_PLACE[kind]
         elif tensor.shape != wanted[name]:
             reasons[name] = f"it has {counted(len(tensor), 'output')}, and {wanted[name][0]:,} are wanted"
+        elif kind == "head" and other_classes:
+            reasons[name] = f"its {counted(wanted[name][0], 'class')} have other names, or another order"
     return reasons
 
 
@@ -139,3 +147,47 @@ NO_PLACE = {
 def _grouped(reasons: dict[str, str]) -> dict[str, str]:
     """One line for weight and bias."""
     return {name.partition(".")[0]: why for name, why in reasons.items()}
+
+
+def start_of(
+    config: VitConfig,
+    make_empty: Callable[[], nn.Module],
+    world: World,
+    is_fresh: bool,
+    classes: list[str] | None = None,
+) -> Start | None:
+    """What `init` gives a fresh run, on rank 0, which shares the model with the others; all ranks must call it.
+
+    Args:
+        make_empty: makes the model, on whatever device PyTorch is told.
+
+    Raises:
+        RunError: as `start_from`, on all ranks.
+    """
+    found: Start | None = None
+
+    def read() -> None:
+        nonlocal found
+        if config.init and is_fresh:
+            with torch.device("meta"):
+                empty = make_empty()
+            size, pixels = config.data.image_size, {"mean": config.data.mean, "std": config.data.std}
+            found = start_from(Path(config.init), empty, config.model, size, **pixels, classes=classes)
+
+    world.from_first(read)
+    return found
+
+
+def lines_of(start: Start | None, init: str, first_step: int) -> list[str]:
+    """For the log: what a run began with."""
+    if init and first_step:
+        return [f"init '{init}' is not read: the run goes on from its own checkpoint"]
+    return start.lines if start else []
+
+
+def missing_init(init: str, run: Path) -> list[str]:
+    """A line where `init` leads nowhere, and the run has not begun."""
+    path = Path(init)
+    if not init or path.exists() or path.name in ALIASES or newest_first(run / "checkpoints"):
+        return []
+    return [f"init: '{path}' does not exist; wanted a run, a checkpoint, or weights that `fastbeit convert` reads"]

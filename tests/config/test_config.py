@@ -44,6 +44,27 @@ def test_every_config_of_fine_tuning_is_valid_and_says_what_to_expect(path, caps
     assert capsys.readouterr().out in text
 
 
+SIZES = {"beit_tiny": (192, 3), "beit_small": (384, 6), "beit_few_images": (192, 3), "beit_base_in1k": (768, 12)}
+
+
+@pytest.mark.parametrize("name", [*SIZES, "beit_tiny_p8", "beit_small_p8"])
+def test_a_config_of_a_size_is_what_its_name_says(name):
+    """Its header's command starts it, and its masks hide 40 % in blocks of the paper's share."""
+    path = CONFIGS / f"{name}.yaml"
+    config, is_p8 = load_config(path, []), name.endswith("_p8")
+    width, num_heads = SIZES[name.removesuffix("_p8")]
+    model = config.model
+    assert (model.width, model.num_heads, model.mlp_width, model.depth) == (width, num_heads, 4 * width, 12)
+    assert config.grid == ((28, 28) if is_p8 else (14, 14))
+    assert config.num_masked / config.num_patches == pytest.approx(0.4, abs=0.02)
+    assert config.masking.min_block_of(config.num_patches) / config.num_masked == pytest.approx(16 / 75, abs=0.01)
+    comments = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    command = re.search(rf"pretrain (configs/{name}\.yaml (?:[a-z._]+=\S+ ?)+)", comments)
+    assert command and load_config(path, command[1].rstrip("; ").split()[1:]).out
+    for card in ("24 GB", "40 GB", "80 GB", "Expected", "Hardware"):
+        assert card in comments
+
+
 def test_overrides_lie_over_the_file_and_the_result_reads_back(write, tmp_path):
     path = write("optim: {lr: 1e-3, batch_size: 64}\ndata: {image_size: 96}\n")
     config = load_config(
@@ -60,7 +81,7 @@ def test_overrides_lie_over_the_file_and_the_result_reads_back(write, tmp_path):
     [
         ("model.widht=3", "unknown key 'model.widht'; did you mean 'model.width'?"),
         ("mdoel.width=3", "did you mean 'model'?"),
-        ("zebra=1", "known here: out, seed"),
+        ("zebra=1", "known here: out, init, seed"),
         ("model.width=770", "width 770 is not a multiple of num_heads 12; try 780"),
         ("data.image_size=225", "height and width 225 is not a multiple of model.patch_size 16; try 224"),
         ("data.image_size=[0, 16]", "data.image_size: wanted at least 1; got 0"),
@@ -248,12 +269,13 @@ def test_a_section_that_is_commented_out_has_its_defaults(write):
 
 def test_the_home_directory_is_expanded_in_all_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    keys = ["data.index", "data.tokens", "data.val_index", "out", "probe.index", "probe.val_index", "tokenizer.path"]
+    keys = ["data.index", "data.tokens", "data.val_index", "init", "out", "probe.index", "probe.val_index"]
+    keys.append("tokenizer.path")
     texts = [key for key, field in known_keys(Config) if field.annotation is str]
     assert sorted(texts) == keys, "a key of text that is no path, or a path that is not expanded"
     config = configure(Config, [f"{key}=~/x" for key in keys])
     data = config.data
-    found = [data.index, data.tokens, data.val_index, config.out, config.tokenizer.path]
+    found = [data.index, data.tokens, data.val_index, config.init, config.out, config.tokenizer.path]
     assert {*found, config.probe.index, config.probe.val_index} == {"/home/me/x"}
 
 

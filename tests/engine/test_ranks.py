@@ -10,17 +10,18 @@ import torch
 from fastbeit.config.sections import EngineConfig
 from fastbeit.engine.ranks import Verdict, World, start_world
 from fastbeit.errors import DataError, RunError
-from helpers.waiting import finished
+from helpers.waiting import PATIENCE_S, finished
 
 HERE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
 
 SCRIPT = """
-import json, sys
+import json, sys, time
 import torch
 from torch import nn
 from fastbeit.config.sections import EngineConfig
-from fastbeit.engine.ranks import stacked, start_world
-from fastbeit.errors import DataError
+from fastbeit.engine import ranks
+from fastbeit.engine.ranks import World, stacked, start_world
+from fastbeit.errors import DataError, RunError
 from fastbeit.process import leave
 
 world = start_world(EngineConfig(device="cpu"))
@@ -52,6 +53,24 @@ try:
 except RuntimeError as err:
     refused = str(err)
 result = {"refused": refused}
+# what is made on rank 0 takes longer than the others would wait in a collective
+ranks.WORD_EVERY_S, words, say = 0.01, [], World.first
+World.first = lambda self, item: words.append(item) or say(self, item)
+
+def wait_for_words():
+    until = time.monotonic() + float(sys.argv[2])
+    while len(words) < 5 and time.monotonic() < until:
+        time.sleep(0.01)
+    return rank, len(words) >= 5
+
+def fail():
+    raise DataError(f"nothing on {rank}", 66)
+
+result["made"] = world.from_first(wait_for_words)
+try:
+    world.from_first(fail)
+except RunError as err:
+    result["failed"] = str(err), err.exit_code
 result |= {"verdicts": verdicts, "weight": model.weight.tolist(), "grad": x.grad.tolist(), "sum": world.sum([rank, 5])}
 print(json.dumps(result), file=open(sys.argv[1] + str(rank), "w"))
 world.leave()
@@ -64,7 +83,7 @@ def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "talk.py").write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = finished([*torchrun, str(folder / "talk.py"), str(folder / "rank")])
+    done = finished([*torchrun, str(folder / "talk.py"), str(folder / "rank"), str(PATIENCE_S)])
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"rank{rank}").read_text()) for rank in range(2)]
 
@@ -92,6 +111,11 @@ def test_the_gradient_of_what_is_stacked_comes_from_all_ranks(results):
 
 def test_the_gradient_of_what_is_stacked_has_no_second_derivative(results):
     assert all("no second derivative" in result["refused"] for result in results)
+
+
+def test_ranks_hear_that_rank_0_is_still_at_it_and_have_what_it_makes(results):
+    for result in results:
+        assert result["made"] == [0, True] and result["failed"] == ["nothing on 0", 66]
 
 
 def test_one_rank_agrees_with_itself():

@@ -1,6 +1,7 @@
 """A run that takes a second: real photos, small; a tokenizer of the true architecture, narrow, with random weights."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.index.scan import build_index
+from fastbeit.files import sha256
 from fastbeit.tokenizer.disk import save_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder, to_mapped
 from helpers.waiting import finished
@@ -67,6 +69,16 @@ def make_tokenizer(folder: Path, seed: int) -> Path:
 def write_config(path: Path) -> Path:
     path.write_text(yaml.safe_dump(SETTINGS))
     return path
+
+
+def rewrite_state(checkpoint: Path, **changes) -> None:
+    """Change what a checkpoint says, so that it still verifies."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**state, **changes}))
+    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    size = (checkpoint / "state.json").stat().st_size
+    manifest["files"]["state.json"] = {"bytes": size, "sha256": sha256(checkpoint / "state.json")}
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
 def run(*args: str, module: str = "fastbeit", **options) -> subprocess.CompletedProcess:

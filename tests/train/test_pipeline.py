@@ -144,8 +144,8 @@ def test_tokens_decide_for_the_run_that_reads_them_and_for_the_job_that_goes_on_
     # what is not finished decides as well
     (folder / "tokens.json").rename(folder / "plan.json")
     assert settled(CUDA, None, folder).name == "pillow"
-    # a run that was begun otherwise does not change its pipeline for them: they are refused by name
-    other = caches.configured(parts, data__tokens=folder, out=tmp_path / "run", data__pipeline="torch")
+    # a run that names another does not change its pipeline for them: they are refused by name
+    other = caches.configured(parts, data__tokens=folder, out=tmp_path / "other", data__pipeline="torch")
     (folder / "plan.json").rename(folder / "tokens.json")
     with pytest.raises(RunError, match="data.pipeline is pillow there, torch here"):
         pretrain(other, ["fastbeit"])

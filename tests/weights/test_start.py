@@ -1,5 +1,6 @@
 """A training's start from weights: what is made to fit, what starts anew, and what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from fastbeit.config.sections import Kernels, ModelConfig, Size
 from fastbeit.errors import ConfigError, WeightsError
 from fastbeit.model.classify import Classifier
+from fastbeit.weights import huggingface
 from fastbeit.weights.start import Start, start_from
 from helpers.dialects import CLASSES, HALF, SIDE, SMALL, finetuned, plain_vit, pretrained, without_index
 
@@ -78,6 +80,21 @@ def test_a_head_of_other_classes_starts_anew(tmp_path):
     begun.load(model)
     assert torch.equal(model.head.weight, fresh)
     assert f"head of the file left out: it has {CLASSES} outputs, and 3 are wanted" in "\n".join(begun.lines)
+
+
+def test_a_head_of_as_many_classes_with_other_names_starts_anew(tmp_path):
+    """`fastbeit.weights.own` knows names; of a file that names none the head is taken."""
+    names = [str(i) for i in range(CLASSES)]
+    model, folder = classifier(), tmp_path / "hf"
+    folder.mkdir()
+    weights = without_index(finetuned())
+    huggingface.write(weights, configured({}), (SIDE, SIDE), HALF, HALF, names, folder)
+    assert json.loads((folder / "config.json").read_text())["id2label"] == {str(i): str(i) for i in range(CLASSES)}
+    kinds = {}
+    for kind, classes in {"same": names, "other": names[::-1]}.items():
+        begun = start_from(folder, model, configured({}), (SIDE, SIDE), mean=HALF, std=HALF, classes=classes)
+        kinds[kind] = "head.weight" in begun.tensors, "other names, or another order" in "\n".join(begun.lines)
+    assert kinds == {"same": (True, False), "other": (False, True)}
 
 
 def test_the_norm_of_the_cls_token_is_taken_with_it(tmp_path):

@@ -109,6 +109,11 @@ def open_source(source: Path) -> Source:
     return _of_archives(paths) if are_archives or _is_archive(paths[0]) else _of_files(str(source), paths)
 
 
+def is_pattern(source: Path) -> bool:
+    """Whether it stands for paths that only a look at the files there tells."""
+    return glob.has_magic(str(source)) or BRACES.search(str(source)) is not None
+
+
 def _expand(pattern: str) -> Iterator[str]:
     """`a{b,c}{08..10}` to ab08, ab09, ab10, ac08, ...; numbers as wide as the first."""
     braces = BRACES.search(pattern)

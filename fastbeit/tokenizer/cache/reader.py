@@ -75,6 +75,7 @@ class Card(Section):
     precision: str = Field(description="dtype that the tokenizer encoded in; rounding can turn a few tokens")
     chunk_rows: Count = Field(description="rows written together while the cache was made")
     command: str = Field(description="what the user typed")
+    tokenizer_path: str = Field(default="", description="where the tokenizer was, absolute; empty: the bundled one")
     num_bad: int = Field(default=0, description="images that could not be read")
     sha256: dict[str, str] = Field(default={}, description="of each view's file; empty while it is made")
     blocks: dict[str, list[int]] = Field(default={}, description="CRC-32 of each MiB of tokens of each view's file")
@@ -82,7 +83,9 @@ class Card(Section):
 
     def signed(self) -> "Card":
         """The same with its checksum."""
-        text = self.model_copy(update={"checksum": ""}).model_dump_json()
+        # a card that was written before there was the path says nothing of it
+        unknown = set() if self.tokenizer_path else {"tokenizer_path"}
+        text = self.model_copy(update={"checksum": ""}).model_dump_json(exclude=unknown)
         return self.model_copy(update={"checksum": hashlib.sha256(text.encode()).hexdigest()})
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbeit.checksums import block_sums
+from fastbeit.data.index.given import INDICES
 from fastbeit.errors import CANNOT_WRITE, USAGE, CacheError, RunError
 from fastbeit.files import append_line, aside, put_in_place, sha256, sync, sync_open, write_whole
 from fastbeit.tokenizer.cache.reader import (
@@ -38,6 +39,25 @@ SYNCED = os.O_DSYNC if sys.platform != "win32" else 0
 
 def chunk_rows(num_crops: int) -> int:
     return max(1, CHUNK_CROPS // num_crops)
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a directory holds tokens, or the beginnings of some."""
+    return (folder / CARD).exists() or (folder / PLAN).exists()
+
+
+def refuse_others_files(folder: Path) -> None:
+    """
+    Raises:
+        RunError: a directory in which no tokens were begun holds something else (exit code 2).
+    """
+    # a kill before the plan was there leaves parts of ours
+    ours = {".lock", INDICES}
+    others = [path.name for path in folder.iterdir() if path.name not in ours and path.suffix != ".part"]
+    if others and not is_begun(folder):
+        raise RunError(
+            f"data.tokens '{folder}' is not empty and holds no tokens, but {others[0]}; choose another directory", USAGE
+        )
 
 
 class CacheWriter:
@@ -67,7 +87,7 @@ class CacheWriter:
             self._tidy()
             return []
         if not (self.folder / PLAN).exists():
-            self._refuse_others_files()
+            refuse_others_files(self.folder)
             self._make_files()
             return list(range(len(self.chunks)))
         plan = read_card(self.folder / PLAN)
@@ -159,16 +179,6 @@ class CacheWriter:
             write_whole(self.folder / PLAN, self.card.signed().model_dump_json(indent=1) + "\n")
         except OSError as err:
             raise RunError(f"tokens cannot be written to '{self.folder}': {err}", CANNOT_WRITE) from err
-
-    def _refuse_others_files(self) -> None:
-        # a kill before the plan was there leaves parts of ours
-        others = [path.name for path in self.folder.iterdir() if path.name != ".lock" and path.suffix != ".part"]
-        if others:
-            raise RunError(
-                f"data.tokens '{self.folder}' is not empty and holds no tokens, but {others[0]}; choose another "
-                "directory",
-                USAGE,
-            )
 
     def _refuse_another(self, card: Card) -> None:
         there, here = ({"precision": c.precision, **c.recipe.model_dump()} for c in (card, self.card))

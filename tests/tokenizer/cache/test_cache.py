@@ -1,5 +1,6 @@
 """A cache of tokens: what is in it, training with it, what is told of it."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -34,6 +35,16 @@ def test_a_view_is_a_plain_numpy_file(parts, tokens):
         assert np.delete(values, BAD_IMAGE, 0).max() < 32
     names = {"tokens.json", "bad_samples.jsonl", *(f"view-{view:03}.npy" for view in range(VIEWS))}
     assert set(files(tokens)) == names
+
+
+def test_an_earlier_card_that_does_not_name_the_tokenizers_path_is_read(tokens, tmp_path):
+    folder = shutil.copytree(tokens, tmp_path / "tokens")
+    card = json.loads((folder / "tokens.json").read_text())
+    assert card.pop("tokenizer_path")
+    text = json.dumps({**card, "checksum": ""}, separators=(",", ":"), ensure_ascii=False)
+    card["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "tokens.json").write_text(json.dumps(card))
+    assert open_cache(folder).card.tokenizer_path == ""
 
 
 def test_reading_gives_the_tokens_of_the_crops_that_training_draws(parts, tokens):
