@@ -284,7 +284,7 @@ def test_what_cannot_be_classified_is_refused_before_anything_is_written(tune, t
         ({"data__val_index": other}, 2, "images of 1 class that the model does not know, such as 'rocket'"),
         ({"data__index": ""}, 2, "data.index is not set; add data.index=PATH"),
         ({"data__index": "gone.idx"}, 66, "'gone.idx' does not exist; make it with `fastbeit index"),
-        ({"init": "gone"}, 66, "'gone' is not there"),
+        ({"init": "gone"}, 66, "init: 'gone' does not exist; wanted a run, a checkpoint, or weights"),
     ):
         with pytest.raises(RunError, match=message) as caught:
             tune(**overrides)

@@ -71,13 +71,13 @@ def opened(source: Path, levels: Levels) -> Iterator[Index]:
         DataError: there is no image in it (66).
         ConfigError: these levels would leave next to nothing of its images.
     """
+    if _is_an_index(source):
+        yield open_index(source, levels)
+        return
     with tempfile.TemporaryDirectory(prefix="fastbeit-") as folder:
-        data, lines = index_sources(
-            DataConfig().model_copy(update={"index": str(source)}), Path(folder), False, lambda make: make()
-        )
-        for line in lines:
-            print(line, file=sys.stderr)
-        yield open_index(Path(data.index), levels)
+        path = Path(folder) / NAMES["index"]
+        print(list_images(source, path), file=sys.stderr)
+        yield open_index(path, levels)
 
 
 @contextlib.contextmanager
