@@ -23,6 +23,7 @@ from fastbeit.config.read import configure
 from fastbeit.data.index.scan import build_index
 from fastbeit.jobs.finetune import finetune
 from fastbeit.jobs.pretrain import pretrain
+from fastbeit.jobs.tokenize import tokenize
 
 HELD_OUT, LABELLED = 0.3, 10  # share of each class; images of a class that have their label
 COMMON = [
@@ -30,7 +31,10 @@ COMMON = [
     *("data.tail=wrap", "model.width=96", "model.depth=4", "model.num_heads=3", "model.mlp_width=384"),
     *("model.patch_size=4", "model.drop_path=0"),
 ]
-PRETRAIN = ["masking.ratio=0.4", "optim.batch_size=64", "optim.lr=2e-3", "optim.warmup_steps=50", "log.every=100"]
+PRETRAIN = [
+    *("masking.ratio=0.4", "data.num_crops=4", "optim.batch_size=64", "optim.lr=2e-3", "optim.warmup_steps=50"),
+    *("log.every=100", "log.save_every=0"),
+]
 FINETUNE = [
     *("augment.num_ops=0", "augment.erase=0", "augment.mixup=0", "augment.cutmix=0", "optim.batch_size=50"),
     *("optim.lr=1e-3", "optim.layer_decay=0.75", "optim.warmup_steps=20", "log.every=100", "log.val_every=1000000"),
@@ -75,9 +79,12 @@ def pre_trained(folder: Path, seed: int, steps: int) -> Path:
     out = folder / f"pretrain-{seed}"
     settings = [
         *COMMON, *PRETRAIN, f"data.index={folder}/train.idx", f"out={out}", f"seed={seed}", f"optim.steps={steps}",
-        "log.save_every=0",
+        f"data.tokens={folder}/tokens-{seed}",
     ]  # fmt: skip
-    pretrain(configure(Config, settings), ["benchmark"])
+    config = configure(Config, settings)
+    # once: to make them anew for each of some 40 epochs would take longer than all else
+    tokenize(config, ["benchmark"])
+    pretrain(config, ["benchmark"])
     return out
 
 
@@ -86,7 +93,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     parser.add_argument("--folder", type=Path, default=Path("runs/digits"), help="of data and runs; removed before")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pretrain-steps", type=int, default=1500)
+    parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=200, help="of each fine-tuning")
     args = parser.parse_args()
     shutil.rmtree(args.folder, ignore_errors=True)

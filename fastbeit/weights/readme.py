@@ -98,8 +98,9 @@ def _pixels(found: ModelWeights) -> str:
 def _recipe(config: dict[str, Any], state: dict[str, Any]) -> str:
     optim = config.get("optim", {})
     rows = {"step": state.get("step"), "seed": config.get("seed")}
-    rows |= {key: config.get(key) for key in ("objective", "mask", "predict") if key in config}
-    rows |= {f"masking.{key}": value for key, value in config.get("masking", {}).items()}
+    rows |= {key: config.get(key) for key in ("init", "objective", "mask", "predict") if key in config}
+    for section in ("masking", "augment"):
+        rows |= {f"{section}.{key}": value for key, value in config.get(section, {}).items()}
     rows |= {f"optim.{key}": value for key, value in optim.items()}
     rows |= {f"model.{key}": config["model"].get(key) for key in ("layer_scale", "drop_path")}
     return "## Recipe\n\nKeys are those of `fastbeit`.\n\n" + _table(rows)

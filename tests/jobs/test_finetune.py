@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import BeitForImageClassification
 
+import fastbeit
 from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.read import configure, load_config
 from fastbeit.data.index.scan import build_index
 from fastbeit.errors import ConfigError, RunError
 from fastbeit.evaluate.classify import Classification
+from fastbeit.jobs.export import export
 from fastbeit.jobs.finetune import finetune
 from fastbeit.jobs.pretrain import pretrain
+from fastbeit.jobs.report import report
 from fastbeit.train.checkpoint import load_model, load_optimizer, load_state, resolve_checkpoint
 from helpers.ranks import deepspeed, launched, torchrun
 from helpers.tiny import make_parts, photo_folder, run, write_config
@@ -321,6 +325,34 @@ def test_a_fine_tuning_of_another_size_starts_from_one(tune, tmp_path, capfd):
     assert torch.equal(before["fc_norm.weight"], after["fc_norm.weight"])
     assert after["blocks.0.attn.relative_position_bias_table"].shape == (11 * 11 + 3, 2)
     assert "positions of 4x4 patches, resized to 6x6" in capfd.readouterr().err
+
+
+def test_what_it_makes_is_asked_judged_and_exported(labelled, pretrained, tmp_path, capfd):
+    """From a folder, as in a notebook; then by every verb that takes a run."""
+    photos = labelled.with_suffix("")
+    settings = {**SETTINGS, "data.val_index": labelled, "init": pretrained, "optim.ema_decay": 0.5, "optim.steps": 3}
+    (tmp_path / "empty.yaml").write_text("data: {}\n")
+    out = fastbeit.finetune(tmp_path / "empty.yaml", {**settings, "data.index": photos}, out=tmp_path / "run")
+    assert out == tmp_path / "run" and (out / "indices/train.idx").is_file()
+    model = fastbeit.load(out)
+    assert model.classes == ["astronaut", "chelsea", "coffee"]
+    paths = sorted(photos.glob("*/*.png"))
+    found = model.predict(paths, top=1)
+    _, validations = read_log(out)
+    # the averaged weights are what was validated, and what is asked
+    right = [one[0].name == path.parent.name for one, path in zip(found, paths, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(validations[3]["top1"])
+    best = fastbeit.load(out / "best")
+    assert best.classes == model.classes
+
+    assert report(out, None, 16) == 0
+    assert "12 held-out images" in capfd.readouterr().out
+    assert json.loads((out / "report/report.json").read_text())["figures"]["top1"] == validations[3]["top1"]
+    export(out, "hf", tmp_path / "hf")
+    theirs = BeitForImageClassification.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    assert theirs.config.id2label == {0: "astronaut", 1: "chelsea", 2: "coffee"}
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "3 classes" in card and "top1" in card and f"| init | {pretrained} |" in card and "augment.mixup" in card
 
 
 def test_the_command(labelled, tmp_path):
