@@ -78,6 +78,11 @@ def start_from(
     lines += [f"start: {name} of the file left out: {why}" for name, why in _grouped(reasons).items()]
     missing = [name for name in wanted if name not in taken]
     assert all(name in HEADS for name in missing), missing  # else the sizes differ, and that was refused
+    if "lm_head.weight" in taken:
+        number = f"{len(taken['lm_head.weight']):,}"
+        lines.append(
+            f"start: with the head of {number} visual words, which mean what the file's tokenizer meant by them"
+        )
     if missing:
         lines.append(f"start: anew, for the file has none that fits: {', '.join(missing)}")
     if (found.mean, found.std) != (tuple(mean), tuple(std)) and found.mean and found.std:

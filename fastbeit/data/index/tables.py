@@ -1,9 +1,9 @@
 """Images in tables: Parquet files, and the Arrow files of Hugging Face `datasets`.
 
 A table has one column of images: a struct of `bytes` and `path`, as `datasets` writes it, or bytes alone under one of
-`IMAGE_NAMES`. A column `label`, when there is one, holds whole numbers or names. Arrow files are laid out in the file
-as in memory, so an image has its own place there and is read like any other. Parquet is decoded a row group at a time;
-the last few stay in memory.
+`IMAGE_NAMES`. A column of `LABELS`, when there is one, holds whole numbers or names. Arrow files are laid out in the
+file as in memory, so an image has its own place there and is read like any other. Parquet is decoded a row group at a
+time; the last few stay in memory.
 """
 
 import json
@@ -30,7 +30,7 @@ from fastbeit.errors import BadImage, ConfigError, DataError
 
 SUFFIXES = ".parquet", ".arrow"
 IMAGE_NAMES = "image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content"
-LABEL = "label"
+LABELS = "label", "fine_label"  # the first that there is; the other is CIFAR-100's, beside its coarse_label
 CACHE_BYTES = 512 << 20  # of decoded row groups, in each process
 # an epoch's order goes over WINDOW_BLOCKS row groups at a time, each of which may lie in two blocks
 GOOD_GROUP_BYTES = CACHE_BYTES // (2 * WINDOW_BLOCKS)
@@ -89,12 +89,12 @@ def _parquet_folder(source: Path) -> list[Path] | None:
 
 
 def class_names(paths: Sequence[Path]) -> list[str] | None:
-    """What the numbers in `label` stand for, as `datasets` notes it; None where it does not.
+    """What the numbers of labels stand for, as `datasets` notes it; None where it does not.
 
     Raises:
         DataError: not the same in all files.
     """
-    found = {path: _features(_schema(path)).get(LABEL) for path in paths}
+    found = {path: _features(_schema(path)).get(_label_column(_schema(path)) or "") for path in paths}
     names = {path: feature.get("names") if feature else None for path, feature in found.items()}
     for path in paths:
         if names[path] != names[paths[0]]:
@@ -149,7 +149,7 @@ def _read_arrow(path: Path, column: str) -> Iterator[Member | Reason]:
 def _read_parquet(path: Path, column: str) -> Iterator[Member | Reason]:
     layout = _layout(path)
     for group, (first, end) in enumerate(zip(layout.starts, layout.starts[1:], strict=False)):
-        table = layout.read(group, [f"{column}.path", LABEL])
+        table = layout.read(group, [f"{column}.path", *LABELS])
         paths = table.column(column).to_pylist() if column in table.column_names else []
         images = ROW_GROUPS.get(path, group)
         sizes = np.concatenate([_extents(chunk)[1] for chunk in images.chunks])
@@ -199,12 +199,17 @@ def _extents(images: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _labels(table: Any, path: Path, first: int) -> list[str | int | None]:
     """The class of each row; `first` is the row of the file that the table begins with."""
-    if LABEL not in table.schema.names:
+    column = _label_column(table.schema)
+    if column is None:
         return [None] * len(table)
-    return [_label(value, path, first + row) for row, value in enumerate(table.column(LABEL).to_pylist())]
+    return [_label(value, column, path, first + row) for row, value in enumerate(table.column(column).to_pylist())]
 
 
-def _label(value: Any, path: Path, row: int) -> str | int | None:
+def _label_column(schema: Any) -> str | None:
+    return next((name for name in LABELS if name in schema.names), None)
+
+
+def _label(value: Any, column: str, path: Path, row: int) -> str | int | None:
     """
     Raises:
         DataError: it is neither a whole number nor a name.
@@ -220,7 +225,7 @@ def _label(value: Any, path: Path, row: int) -> str | int | None:
         # -1 is how `datasets` writes that there is none
         return int(value) if value >= 0 else None
     raise DataError(
-        f"'{path}', row {row}: label {value!r} is no class; a column '{LABEL}' wants whole numbers from 0 on, or "
+        f"'{path}', row {row}: label {value!r} is no class; a column '{column}' wants whole numbers from 0 on, or "
         "names; drop or rename the column to index the images without classes"
     )
 

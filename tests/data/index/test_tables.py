@@ -354,6 +354,29 @@ def test_without_pyarrow(tmp_path, monkeypatch):
         list(read_table(path))
 
 
+@pytest.mark.parametrize("write", [write_arrow, write_parquet])
+def test_cifar_100_as_the_hub_has_it(tmp_path, write):
+    """Images in `img`, and two columns of labels, of which the hundred classes are wanted."""
+    fine, coarse = ["apple", "beaver", "cloud"], ["fruit", "animal"]
+    features = noted(
+        img={"_type": "Image"},
+        fine_label={"names": fine, "_type": "ClassLabel"},
+        coarse_label={"names": coarse, "_type": "ClassLabel"},
+    )
+    numbers = range(len(IMAGES))
+    table = pa.table(
+        {
+            "img": pa.array([{"bytes": one, "path": None} for one in IMAGES], STRUCT),
+            "coarse_label": pa.array([i % 2 for i in numbers], pa.int64()),
+            "fine_label": pa.array([i % 3 for i in numbers], pa.int64()),
+        }
+    ).replace_schema_metadata(features)
+    path = write(tmp_path / f"train.{'arrow' if write is write_arrow else 'parquet'}", table, 5)
+    build_index(path, tmp_path / "images.idx", progress=False)
+    index = open_index(tmp_path / "images.idx")
+    assert index.class_names == fine and index.labels.tolist() == [i % 3 for i in numbers]
+
+
 # ---- and from there on
 
 
