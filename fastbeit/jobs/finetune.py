@@ -174,7 +174,7 @@ class Finetuning:
         # copies of an image (Repeated Augmentation) are dropped from different blocks
         place = sample + self.num_images * (epoch % config.augment.repeats)
         keep = torch.from_numpy(drop_path_keep(config.seed, step, place, config.model.drop_rates))
-        count = torch.tensor(len(sample), device=device)
+        count = torch.full((), len(sample), device=device)
         return (pixels, batch.labels, others, share, move(keep, device)), count
 
     def read(self, sums: dict[str, Tensor], count: float) -> Reading:

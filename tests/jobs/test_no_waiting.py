@@ -1,5 +1,6 @@
-"""No step of pre-training makes the host wait: on tensors without memory, where reading a value is an error."""
+"""No step of a training makes the host wait: on tensors without memory, where reading a value is an error."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastbeit.config.finetune import AugmentConfig, FinetuneConfig, VitConfig
 from fastbeit.config.pretrain import Config
 from fastbeit.config.tokenizer import Architecture
 from fastbeit.data import to_device
 from fastbeit.data.batch import Batch
 from fastbeit.engine.protocol import make_engine
 from fastbeit.engine.ranks import World
+from fastbeit.jobs.finetune import Finetuning
 from fastbeit.jobs.pretrain import Pretraining
 from fastbeit.tokenizer.dvae import Encoder
 from fastbeit.tokenizer.fast import DiscreteVAE
@@ -55,6 +58,7 @@ class Copies(TorchDispatchMode):
 
 class _Index:
     fingerprint = "none"
+    class_names = [str(i) for i in range(1000)]
 
     def __len__(self) -> int:
         return 1000
@@ -68,22 +72,34 @@ def make_task(config: Config, world: World) -> Pretraining:
     return Pretraining(config, world, _Index(), source)  # pyright: ignore[reportArgumentType]
 
 
-def make_batch(config: Config) -> Batch:
-    """As on a GPU: views are on the device already, numbers on the host."""
+def make_fine_tuning(config: FinetuneConfig, world: World) -> Finetuning:
+    return Finetuning(config, world, _Index(), None)  # pyright: ignore[reportArgumentType]
+
+
+def make_batch(config: VitConfig) -> Batch:
+    """As on a GPU: views and labels are on the device already, numbers on the host."""
     height, width = config.data.image_size
     images = torch.empty(B, height, width, 3, dtype=torch.uint8, device=META)
-    return Batch(images, images[:, :112, :112], torch.arange(B), torch.zeros(B, dtype=torch.int64))
+    labels = torch.empty(B, dtype=torch.int64, device=META)
+    views = images[:, :112, :112]
+    return Batch(images, views, torch.arange(B), torch.zeros(B, dtype=torch.int64), labels=labels)
 
 
-def steps(copies: Copies, monkeypatch: pytest.MonkeyPatch, change: Any = lambda batch: batch) -> None:
+def steps(
+    copies: Copies,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Any = lambda batch: batch,
+    kind: Any = Config,
+    make: Callable[[Any, World], Any] = make_task,
+) -> None:
     """Two full steps of BEiT-B, of two micro-batches, as train/loop.py takes them."""
     monkeypatch.setattr(to_device, "_pinned", copies.pin)
     # the fused optimizer runs on no tensors without memory, but for this check
     adam = import_module("torch.optim.adam")
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
-    config = Config.model_validate({"optim": {"batch_size": B}, "kernels": {"backend": "reference"}})
+    config = kind.model_validate({"optim": {"batch_size": B}, "kernels": {"backend": "reference"}})
     world = World(0, 1, META)
-    task = make_task(config, world)
+    task = make(config, world)
     with META:
         model = task.make_model().to(META)
     optimizer = make_optimizer(model, config.optim)
@@ -104,6 +120,23 @@ def test_a_step_copies_nothing_but_from_pinned_memory(monkeypatch: pytest.Monkey
     steps(copies, monkeypatch)
     assert copies.seen == []
     assert copies.num_moved == 2 * 3
+
+
+@pytest.mark.parametrize("augment", [{"cutmix": 0}, {"mixup": 0, "erase": 1.0}], ids=str)
+def test_a_step_of_fine_tuning_copies_nothing_else_either(monkeypatch: pytest.MonkeyPatch, augment):
+    """Drop path and the table of erased boxes travel."""
+    copies = Copies()
+    monkeypatch.setitem(augment, "repeats", 2)
+    steps(
+        copies,
+        monkeypatch,
+        kind=FinetuneConfig,
+        make=lambda config, world: make_fine_tuning(
+            config.model_copy(update={"augment": AugmentConfig.model_validate(augment)}), world
+        ),
+    )
+    assert copies.seen == []
+    assert copies.num_moved == 2 * 2
 
 
 def test_the_test_sees_a_copy(monkeypatch: pytest.MonkeyPatch):
