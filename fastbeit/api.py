@@ -82,7 +82,10 @@ class Model:
 
         Raises:
             RunError: the model has no head over classes.
+            ValueError: `top` is below 1; and as `features`.
         """
+        if top < 1:
+            raise ValueError(f"top wants a number from 1 on; got {top}")
         model = self._frozen.classifier()
         found = []
         for logits in self._asked(images, model.logits):

@@ -22,6 +22,7 @@ JOBS = (
     "jobs.show.show",
     "jobs.tokenize.tokenize",
     "jobs.pretrain.pretrain",
+    "jobs.finetune.finetune",
     "jobs.report.report",
     "jobs.doctor.doctor",
     "jobs.plan.plan",
@@ -38,8 +39,13 @@ def commands(text: str, program: str) -> list[str]:
     return re.findall(rf"^    ({program} .*)$", text, re.M)
 
 
-DOCUMENTS = "docs/imagenet.md", "docs/weights.md", "docs/using.md", "README.md"
+DOCUMENTS = "docs/imagenet.md", "docs/weights.md", "docs/using.md", "docs/finetuning.md", "README.md"
 TYPED = [command for name in DOCUMENTS for command in commands((ROOT / name).read_text(), "fastbeit")]
+
+
+def test_no_document_waits_for_a_figure():
+    texts = [path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]]
+    assert len(texts) > 10 and not [found for text in texts for found in re.findall(r"@[A-Z]+@", text)]
 
 
 def test_there_are_commands_to_parse():

@@ -32,11 +32,12 @@ def parse(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Na
     return parser.parse_args(own), settings
 
 
-def one_config(names: list[str], shipped: list[str]) -> str:
+def one_config(names: list[str], shipped: list[str], verb: str = "pretrain") -> str:
     """
     Args:
         names: arguments that are no setting and no option.
         shipped: configs that come with fastbeit.
+        verb: whose configs they are.
 
     Raises:
         ConfigError: there is none, or more than one.
@@ -44,7 +45,7 @@ def one_config(names: list[str], shipped: list[str]) -> str:
     if not names:
         raise ConfigError(
             f"CONFIG is wanted: a YAML file, or one that comes with fastbeit ({', '.join(shipped)}); "
-            "`fastbeit pretrain --help` lists its keys"
+            f"`fastbeit {verb} --help` lists its keys"
         )
     if len(names) > 1:
         first, *others = names

@@ -131,6 +131,10 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> "FinetuneConfig":
         wrong = [*sizes_that_do_not_fit(self.data, self.model)]
+        if self.augment.repeats > self.optim.batch_size:
+            wrong.append(
+                f"augment.repeats {self.augment.repeats} is more than the {self.optim.batch_size} images of a batch"
+            )
         if self.data.num_crops:
             wrong.append(f"data.num_crops={self.data.num_crops}: fine-tuning draws ever new crops; leave it at 0")
         if self.data.tokens:

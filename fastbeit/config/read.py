@@ -49,9 +49,14 @@ def _refuse_another_job(values: dict[str, Any], file: Path, model: type[Section]
     Raises:
         ConfigError: it has sections that only another job has.
     """
+    if model not in JOBS:
+        return
+    given = {*values, *(f"{name}.{key}" for name, one in values.items() if isinstance(one, dict) for key in one)}
     for other, verb in JOBS.items():
-        alien = sorted(values.keys() & (other.model_fields.keys() - model.model_fields.keys()))
-        if model in JOBS and alien:
+        alien = sorted(given & (dict(known_keys(other)).keys() - dict(known_keys(model)).keys()))
+        # of a section that only the other has, its name says enough
+        alien = [key for key in alien if "." not in key or key.partition(".")[0] not in alien]
+        if alien:
             raise ConfigError(
                 f"'{file}' is a config of `fastbeit {verb}` ({', '.join(alien)}), not of `fastbeit {JOBS[model]}`; "
                 f"{_names(shipped_configs(model))}"
@@ -227,6 +232,9 @@ def _config_file(given: str, model: type[Section]) -> Path:
             return path
     except OSError as err:
         raise ConfigError(f"'{given}' cannot be read: {err.strerror}") from None
+    for other, verb in JOBS.items():
+        if path.stem in shipped_configs(other):
+            raise ConfigError(f"'{given}' is a config of `fastbeit {verb}`, not of this verb; {_names(shipped)}")
     near = difflib.get_close_matches(path.stem, shipped, n=1, cutoff=0.5)
     meant = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(f"no config file '{given}'{meant}; {_names(shipped)}")

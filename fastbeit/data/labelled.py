@@ -93,9 +93,8 @@ def check_labels(index: Index) -> None:
     bare = np.flatnonzero(index.labels < 0)
     if len(bare):
         raise DataError(
-            f"{len(bare)} of {len(index)} images of '{index.location}' have no label, such as "
-            f"'{index.name(int(bare[0]))}'; give each one (a folder named as its class, a .cls member beside it, a "
-            "label column) and make the index again"
+            f"{len(bare)} of {len(index)} images have no label, such as '{index.name(int(bare[0]))}'; give each one (a "
+            "folder named as its class, a .cls member beside it, a label column) and make the index again"
         )
 
 

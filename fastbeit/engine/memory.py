@@ -121,8 +121,15 @@ def _optimizer(config: VitConfig, weights: int, num_ranks: int, itemsize: int) -
 
 
 def _batch_bytes(config: VitConfig, token_size: Size | None) -> int:
-    """Both views of an image in bytes, and of the numbers of a step those that count: slots, labels, masked patches."""
-    views = 3 * math.prod(config.data.image_size) + (3 * math.prod(token_size) if token_size else 0)
+    """Both views of an image in bytes, and of the numbers of a step those that count: slots, labels, masked patches.
+
+    Of images that are classified the pixels, of all a rank's images of a step at once.
+    """
+    pixels = 3 * math.prod(config.data.image_size)
+    if config.objective == "classes":
+        # once for both batches: normalised, and mixed
+        return pixels + 2 * 4 * pixels // BATCHES
+    views = pixels + (3 * math.prod(token_size) if token_size else 0)
     return views + 3 * 8 * config.num_slots + config.num_patches
 
 
@@ -173,8 +180,8 @@ def _objective(config: VitConfig) -> int:
 
 
 def _pixels(config: VitConfig, b: int) -> int:
-    """Of an image that is classified: its normalised pixels, and the same as the product of its patches takes them."""
-    return (4 + b) * 3 * math.prod(config.data.image_size) if config.objective == "classes" else 0
+    """Of an image that is classified: its normalised pixels as the product of its patches takes them."""
+    return b * 3 * math.prod(config.data.image_size) if config.objective == "classes" else 0
 
 
 def _logits(config: VitConfig, num_outputs: int, b: int) -> int:

@@ -1,8 +1,9 @@
 """Ranks: who there is, and how they talk on the host."""
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -96,6 +97,13 @@ class World:
             is_made.set()
             speaker.join()
         return self._told(self.first(told))
+
+    @contextlib.contextmanager
+    def within_first(self, context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+        """A context of rank 0's in which all ranks are; all must enter it, and its errors are raised on all of them."""
+        with contextlib.ExitStack() as stack:
+            self.from_first(lambda: stack.enter_context(context()) and None)
+            yield
 
     def _told(self, told: tuple[Any, tuple[str, int] | None]) -> Any:
         made, error = told

@@ -15,7 +15,7 @@ class Reference:
     """Whose attention is looked at, as a user says it."""
 
     points: tuple[Size, ...] | None = None  # row and column of patches, from 0; None: centre and thirds of the grid
-    block: int | None = None  # counted from 1; None: the last
+    block: int | None = None  # from 0; None: the last
 
     def resolved(self, grid: Size, depth: int) -> tuple[tuple[Size, ...], int]:
         """Points and block of a model of so many patches down and across, and so many blocks.
@@ -30,9 +30,9 @@ class Reference:
                     f"--points {row},{column} is no patch of a grid of {height} x {width}: rows are 0 to {height - 1}, "
                     f"columns 0 to {width - 1}"
                 )
-        block = depth if self.block is None else self.block
-        if not 1 <= block <= depth:
-            raise ConfigError(f"--block {block}: the model has blocks 1 to {depth}")
+        block = depth - 1 if self.block is None else self.block
+        if not 0 <= block < depth:
+            raise ConfigError(f"--block {block}: the model has blocks 0 to {depth - 1}")
         middles = (height // 3, width // 3), (height // 2, width // 2), (2 * height // 3, 2 * width // 3)
         # of a small grid some are the same
         return self.points or tuple(dict.fromkeys(middles)), block
@@ -54,7 +54,7 @@ def attention_maps(model: VisionTransformer, images: Tensor, points: tuple[Size,
     Args:
         images: [B, height, width, 3] uint8.
         points: row and column of the patches whose queries are taken.
-        block: counted from 1.
+        block: from 0.
 
     Returns:
         [B, points, H, down, across] float32 probabilities. What is missing to 1 goes to the cls token.
@@ -72,10 +72,10 @@ def attention(model: VisionTransformer, x: Tensor, block: int) -> Tensor:
 
     Args:
         x: [B, S, D] tokens, as `model.encode` takes them.
-        block: counted from 1.
+        block: from 0.
     """
     bias = None if model.rel_pos_bias is None else model.rel_pos_bias()
-    *before, last = list(model.blocks)[:block]
+    *before, last = list(model.blocks)[: block + 1]
     for one in before:
         x = one(x, bias, None)
     assert isinstance(last, Block)

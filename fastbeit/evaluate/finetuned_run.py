@@ -14,7 +14,7 @@ from fastbeit.config.read import as_saved
 from fastbeit.config.sections import DataConfig, KernelsConfig
 from fastbeit.data.index.reader import Index
 from fastbeit.errors import CHECKPOINT_UNUSABLE, RunError
-from fastbeit.evaluate.finished_run import Moved, check_run, index_of, settings_of
+from fastbeit.evaluate.finished_run import Moved, check_run, index_of, settings_of, trained_index
 from fastbeit.model.classify import Classifier, make_classifier
 from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
 from fastbeit.train.ema import PREFIX
@@ -80,7 +80,7 @@ def open_finetuning(run: Path, moved: Moved | None = None) -> Finetuned:
         state=state,
         model=model.to(device),
         classes=classes,
-        index=index_of(run, "index", moved.index, config.data.index),
+        index=trained_index(run, moved, config.data.index, state),
         val_index=index_of(run, "val_index", moved.val_index, config.data.val_index) if has_val_index else None,
     )
 

@@ -91,11 +91,7 @@ def open_run(run: Path, moved: Moved | None = None) -> Trained:
     config, moved = _with_a_pipeline(as_saved(Config, settings_of(run, state))), moved or Moved()
     world = World(rank=0, size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = _tokenizer_of(config, state, moved, world.device) if config.objective == "tokens" else None
-    index = index_of(run, "index", moved.index, config.data.index)
-    if index.fingerprint != state.get("index", index.fingerprint):
-        raise RunError(
-            f"'{index.location}' is not the index that the run was trained on; name that by --data", CHECKPOINT_UNUSABLE
-        )
+    index = trained_index(run, moved, config.data.index, state)
     has_val_index = bool(moved.val_index or config.data.val_index)
     # by what runs here, whatever the run was trained by
     free = config.model_copy(update={"kernels": KernelsConfig()})
@@ -133,6 +129,20 @@ def _tokenizer_of(config: Config, state: dict[str, Any], moved: Moved, device: t
         found.append(f"'{place or bundled_path()}' is not the tokenizer that the run was trained with")
         exit_code = CHECKPOINT_UNUSABLE
     raise RunError(f"{' and '.join(found)}; name its directory by --tokenizer DIR", exit_code)
+
+
+def trained_index(run: Path, moved: Moved, path: str, state: dict[str, Any]) -> Index:
+    """That of the training images.
+
+    Raises:
+        RunError: it is gone (66), or another one (78).
+    """
+    index = index_of(run, "index", moved.index, path)
+    if index.fingerprint != state.get("index", index.fingerprint):
+        raise RunError(
+            f"'{index.location}' is not the index that the run was trained on; name that by --data", CHECKPOINT_UNUSABLE
+        )
+    return index
 
 
 def index_of(run: Path, key: str, named: Path | None, path: str) -> Index:

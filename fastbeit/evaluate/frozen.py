@@ -1,5 +1,6 @@
 """A model that is asked, and not trained: whatever `weights` reads, as a module, and how an image is shown to it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,8 @@ def open_frozen(source: ModelSource, device: torch.device) -> Frozen:
             "0.225 (in Python mean=, std=)",
             USAGE,
         )
+    if not (all(map(math.isfinite, mean)) and all(0 < one < math.inf for one in std)):
+        raise RunError(f"wanted finite means and deviations above 0; got mean {list(mean)}, std {list(std)}", USAGE)
     data = DataConfig(
         image_size=found.image_size,
         mean=mean,

@@ -18,7 +18,7 @@ from fastbeit.data.batch import Batch
 from fastbeit.data.index.reader import Index
 from fastbeit.data.labelled import make_eval_loader
 from fastbeit.errors import DATA_MISSING, DataError
-from fastbeit.evaluate.classify import MAX_BATCH, TOP
+from fastbeit.evaluate.classify import MAX_BATCH, TOP, rows_of
 from fastbeit.model.classify import Classifier
 
 NUM_MISTAKES = 20  # that are kept as pictures
@@ -83,16 +83,10 @@ class Answers:
         return sorted(scores, key=lambda one: (one.accuracy, -one.num_images))[:most]
 
 
-def head_labels(index: Index, classes: Sequence[str]) -> Tensor:
-    """[classes of the index] int64: where each stands among `classes`; -1: nowhere."""
-    places = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([places.get(name, -1) for name in index.class_names], dtype=torch.int64)
-
-
 def most_frequent(index: Index, classes: Sequence[str], most: int) -> list[int]:
     """The classes that most images of an index have, by their places among `classes`."""
     labels = torch.from_numpy(index.labels[index.labels >= 0].astype("int64"))
-    known = head_labels(index, classes)[labels]
+    known = rows_of(index, classes)[0][labels]
     counts = known[known >= 0].bincount(minlength=len(classes))
     return counts.sort(descending=True, stable=True).indices[:most].tolist()
 
@@ -108,12 +102,12 @@ def examine(model: Classifier, data: DataConfig, index: Index, classes: Sequence
         DataError: no image is valid and of a class that is known, or an image has no label (66).
     """
     found = _Gathered()
-    places = head_labels(index, classes)
+    rows, _ = rows_of(index, classes)
     with contextlib.closing(make_eval_loader(data, index, batch_size=MAX_BATCH, rank=0, world_size=1)) as loader:
         for batch in loader:
             if len(batch.images):
                 assert batch.labels is not None
-                found.add(batch, places[batch.labels], model.logits(batch.images.to(device)).float().cpu())
+                found.add(batch, rows[batch.labels], model.logits(batch.images.to(device)).float().cpu())
             found.num_bad += len(batch.bad)
     return found.answers(index)
 

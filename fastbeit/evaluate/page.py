@@ -106,9 +106,9 @@ def attention_part(path: Path, block: int, depth: int) -> str:
         "<h2>Where it looks</h2>\n"
         + picture(path, "a map for each head and each marked patch", "own")
         + note(
-            f"Self-attention of block {block} of {depth}. A row shows what each head attends to from the marked patch, "
-            "in a whole image: the share of each patch, from black for none to the brightest for the largest of this "
-            "map. What is missing to 1 goes to the cls token. Other patches: --points ROW,COLUMN; other blocks: "
-            "--block N."
+            f"Self-attention of block {block}, of 0 to {depth - 1}. A row shows what each head attends to from the "
+            "marked patch, in a whole image: the share of each patch, from black for none to the brightest for the "
+            "largest of this map. What is missing to 1 goes to the cls token. Other patches: --points ROW,COLUMN; "
+            "other blocks: --block N."
         )
     )

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastbeit.config.sections import DataConfig
 from fastbeit.data.index.reader import Index, open_index
-from fastbeit.data.labelled import make_eval_loader
+from fastbeit.data.labelled import check_labels, make_eval_loader
 from fastbeit.data.progress import Progress
 from fastbeit.engine.ranks import World
 from fastbeit.errors import ConfigError, DataError, RunError
+from fastbeit.evaluate.classify import rows_of
 from fastbeit.evaluate.features import Kind, features_of
 from fastbeit.evaluate.knn import K, Neighbours, joined, nearest, num_right
 from fastbeit.model.vit import VisionTransformer
@@ -56,24 +57,20 @@ def classes_of(train: Index, val: Index) -> Classes:
         ConfigError: there is one class, or the two indices have none in common.
     """
     for index in (train, val):
-        if num_bare := int((index.labels < 0).sum()):
-            raise DataError(
-                f"{num_bare:,} of {len(index):,} images of '{index.location}' have no label, and a probe wants the "
-                "class of each: a folder named as it, a .cls member beside it, a label column, or a list with classes; "
-                "make the index again"
-            )
+        check_labels(index)
     names = [train.class_names[label] for label in np.unique(train.labels)]
     if len(names) < 2:
-        raise ConfigError(f"all images of '{train.location}' are of one class, {names[0]!r}; a probe wants two or more")
-    row_of = {name: row for row, name in enumerate(names)}
-    rows = [np.array([row_of.get(name, -1) for name in index.class_names]) for index in (train, val)]
-    present = rows[1][np.unique(val.labels)]
-    if (present < 0).all():
         raise ConfigError(
-            f"'{val.location}' and '{train.location}' have no class in common: {val.class_names[0]!r} there, "
-            f"{names[0]!r} here, for example; give both the same names"
+            f"all images to learn from, such as '{train.name(0)}', are of one class, '{names[0]}'; a probe wants two "
+            "or more"
         )
-    return Classes(names, rows[0], rows[1], int((present < 0).sum()))
+    (rows, _), (val_rows, unknown) = (rows_of(index, names) for index in (train, val))
+    if len(unknown) == len(np.unique(val.labels)):
+        raise ConfigError(
+            f"held-out images and those to learn from have no class in common: '{val.class_names[unknown[0]]}' there, "
+            f"'{names[0]}' here, for example; give both the same names"
+        )
+    return Classes(names, rows.numpy(), val_rows.numpy(), len(unknown))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from fastbeit.config.sections import EngineConfig
 from fastbeit.data.index.given import opened
 from fastbeit.data.index.reader import Index
 from fastbeit.engine.ranks import device_of
-from fastbeit.errors import CANNOT_CREATE, DATA_MISSING, DONE, DataError, writing
+from fastbeit.errors import CANNOT_CREATE, DATA_MISSING, DONE, USAGE, DataError, RunError, writing
 from fastbeit.evaluate.feature_file import RowFile
 from fastbeit.evaluate.features import Kind, check_blocks, features_of, look_at
 from fastbeit.evaluate.frozen import Frozen, ModelSource, open_frozen
@@ -41,6 +41,8 @@ def features(model: ModelSource, source: Path, output: Path, kind: Kind, blocks:
     frozen = open_frozen(model, device_of(EngineConfig()))
     wanted = check_blocks(blocks, frozen.depth)
     paths, bad = output.with_suffix(".paths.json"), output.with_suffix(".bad")
+    if output in (paths, bad):
+        raise RunError(f"-o '{output}': that is where the list beside it goes; take another name", USAGE)
     with writing(f"'{output}'", exit_code=CANNOT_CREATE):
         try_to_write(output)
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ index with labels -> view -> RandAugment -> random erasing -> Mixup or CutMix ->
 AdamW, with a rate of its own for each block
 """
 
-import contextlib
+import hashlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.engine.work import step_flops
 from fastbeit.errors import DATA_MISSING, DONE, ConfigError, RunError
-from fastbeit.evaluate.classify import classify, numbers_of
+from fastbeit.evaluate.classify import check_classes, classify
 from fastbeit.model.classify import Classifier, make_classifier
 from fastbeit.model.kernels import chosen_kernels
 from fastbeit.model.vit import normalise
@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig, command: list[str]) -> int:
     world = start_world(config.engine)
     check_batch(config.optim, world)
     config, pipeline = settle_pipeline(config, world, out, None)
-    with claim(out, config) if world.rank == 0 else contextlib.nullcontext():
+    with world.within_first(lambda: claim(out, config)):
         is_fresh = not newest_first(checkpoints)
         data, indexed = index_sources(config.data, out, not is_fresh, world.from_first)
         config = config.model_copy(update={"data": data})
@@ -115,7 +115,8 @@ class Finetuning:
         self.weights, self.lines = start, lines
         self.classes = index.class_names
         self.kept = {**(kept or {}), "classes": self.classes}
-        self.origin = {"index": index.fingerprint}
+        self.origin = {"index": index.fingerprint, "list of classes": _digest(self.classes)}
+        self.judged_by = val_index.fingerprint if val_index else None
         optim = config.optim
         self.ema_decay, self.layer_decay = optim.ema_decay, optim.layer_decay
         self.num_images, self.epoch_steps = len(index), steps_per_epoch(len(index), optim.batch_size, config.data.tail)
@@ -146,6 +147,7 @@ class Finetuning:
         """From pre-trained weights, or the authors' initialisation."""
         if self.weights:
             self.weights.load(model)
+            self.weights.tensors.clear()
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         loader = make_labelled_loader(
@@ -217,6 +219,10 @@ def blank_inputs(config: FinetuneConfig, num_images: int, device: torch.device) 
     return pixels, labels, labels, torch.ones(num_images, device=device), keep
 
 
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
 def _spread(index: Index) -> str:
     """How many images the classes have; those that have none are never learnt, and that is said."""
     counts = np.bincount(index.labels[index.labels >= 0], minlength=len(index.class_names))
@@ -240,11 +246,11 @@ def _check_classes(index: Index, val_index: Index | None) -> None:
         check_labels(one)
     if len(index.class_names) < FEWEST:
         raise ConfigError(
-            f"all images of '{index.location}' are of one class, '{index.class_names[0]}': nothing can be told apart; "
-            "give images of two classes or more"
+            f"all images, such as '{index.name(0)}', are of one class, '{index.class_names[0]}': nothing can be told "
+            "apart; give images of two classes or more"
         )
     if val_index:
-        numbers_of(val_index, index.class_names)
+        check_classes(val_index, index.class_names)
 
 
 def _check_paths(config: FinetuneConfig) -> None:

@@ -16,6 +16,7 @@ from fastbeit.data.index.given import opened
 from fastbeit.data.index.reader import Index
 from fastbeit.engine.ranks import device_of
 from fastbeit.errors import CANNOT_CREATE, DATA_MISSING, DONE, DataError, writing
+from fastbeit.evaluate.classify import rows_of
 from fastbeit.evaluate.features import look_at
 from fastbeit.evaluate.frozen import Frozen, ModelSource, open_frozen
 from fastbeit.files import aside, put_in_place, try_to_write
@@ -111,16 +112,15 @@ def _asked(
 
 def _rows_of_labels(index: Index, classes: list[str] | None) -> tuple[np.ndarray | None, str]:
     """The head's row of each label of the index, or why labels cannot be compared, in words."""
-    present = np.unique(index.labels[index.labels >= 0])
-    if not len(present):
+    if not (index.labels >= 0).any():
         return None, ""
     if classes is None:
         return None, "the model does not name its classes"
-    row_of = {name: row for row, name in enumerate(classes)}
-    rows = np.array([row_of.get(name, -1) for name in index.class_names])
-    if strange := [index.class_names[label] for label in present if rows[label] < 0]:
-        return None, f"the model has no class {strange[0]!r}" + f" and {len(strange) - 1} more" * (len(strange) > 1)
-    return rows, ""
+    rows, unknown = rows_of(index, classes)
+    if unknown:
+        name = index.class_names[unknown[0]]
+        return None, f"the model has no class {name!r}" + f" and {len(unknown) - 1} more" * (len(unknown) > 1)
+    return rows.numpy(), ""
 
 
 def _say(bad: list[str], accuracy: dict[str, float] | None, why: str) -> None:

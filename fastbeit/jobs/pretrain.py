@@ -3,7 +3,6 @@
 index -> two views -> blockwise mask -> visual tokens -> masked embedding -> encoder -> masked head -> loss -> AdamW
 """
 
-import contextlib
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -64,7 +63,7 @@ def pretrain(config: Config, command: list[str]) -> int:
     tokens = Path(config.data.tokens) if config.data.tokens else None
     config, pipeline = settle_pipeline(config, world, Path(config.out), tokens)
     out, checkpoints = Path(config.out), Path(config.out) / "checkpoints"
-    with claim(out, config) if world.rank == 0 else contextlib.nullcontext():
+    with world.within_first(lambda: claim(out, config)):
         is_fresh = not newest_first(checkpoints)
         data, indexed = index_sources(config.data, out, not is_fresh, world.from_first)
         config = config.model_copy(update={"data": data})
@@ -95,6 +94,7 @@ class Pretraining:
     ema_decay: float | None = None
     layer_decay: float = 1.0
     best: str | None = None
+    judged_by: str | None = None
 
     def __init__(
         self,
@@ -139,6 +139,7 @@ class Pretraining:
         """From the authors' initialisation, or from weights of another model where they fit."""
         if self.weights:
             self.weights.load(model)
+            self.weights.tensors.clear()
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         loader = make_loader(
@@ -232,8 +233,9 @@ def _check_paths(config: Config) -> None:
     lines = [f"{key} is not set; add {key}=PATH" for key in unset]
     lines += missing(config.data, Path(config.out))
     for key, path in {"probe.index": config.probe.index, "probe.val_index": config.probe.val_index}.items():
-        if path and not Path(path).exists():
-            lines.append(f"{key}: '{path}' does not exist; make it with `fastbeit index SOURCE -o {path}`")
+        if path and not Path(path).is_file():
+            found = "is no index" if Path(path).exists() else "does not exist"
+            lines.append(f"{key}: '{path}' {found}; make one with `fastbeit index SOURCE -o labelled.idx`")
     lines += missing_init(config.init, Path(config.out))
     path = config.tokenizer.path
     if config.objective == "tokens" and path and not Path(path).exists():

@@ -63,7 +63,7 @@ def tokenize(config: Config, command: list[str]) -> int:
     # held-out images get no tokens
     config = config.model_copy(update={"data": config.data.model_copy(update={"val_index": ""})})
     config, pipeline = settle_pipeline(config, world, None, folder)
-    with _claim(folder) if world.rank == 0 else contextlib.nullcontext():
+    with world.within_first(lambda: _claim(folder)):
         data, lines = index_sources(config.data, folder, is_begun(folder), world.from_first)
         config = config.model_copy(update={"data": data})
         index = open_index(Path(data.index), data.levels)

@@ -1,6 +1,5 @@
 """Train a dVAE of one's own, top to bottom: crops -> words, drawn -> pixels -> loss -> AdamW -> averaged weights."""
 
-import contextlib
 import shlex
 import sys
 from collections.abc import Generator, Sequence
@@ -61,7 +60,7 @@ def train_tokenizer(
     check_batch(config.optim.adamw, world)
     config, pipeline = settle_pipeline(config, world, out, None)
     levels = config.data.levels
-    with claim(out, config) if world.rank == 0 else contextlib.nullcontext():
+    with world.within_first(lambda: claim(out, config)):
         images, lines = index_sources(images, out, bool(newest_first(out / "checkpoints")), world.from_first)
         val_index = open_index(Path(images.val_index), levels) if images.val_index else None
         index = open_index(Path(images.index), levels)
@@ -119,6 +118,7 @@ class DvaeTraining:
     flops_per_image: int = 0
     layer_decay: float = 1.0
     best: str | None = None
+    judged_by: str | None = None
     kept: dict[str, Any] = {}
 
     def __init__(

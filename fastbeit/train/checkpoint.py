@@ -29,7 +29,7 @@ from fastbeit.train.ema import PREFIX, Average
 from fastbeit.train.settings import Changes, changes, compared, fixed, in_words
 
 MANIFEST = "MANIFEST.json"
-BEST = "best.json"  # of a folder of checkpoints, where there is a best: its step, figure and value
+BEST = "best.json"  # of a folder of checkpoints, where there is a best: its step, and what it was judged by
 VERSION = 1  # of this layout
 ALIASES = "latest", "best"  # of a checkpoint, after the path of a run
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
@@ -97,15 +97,19 @@ class Saver:
         self.world.barrier()
         self.last_checkpoint, self.last_step = self.folder / _name(step), step
 
-    def judge(self, step: int, figure: str, value: float) -> None:
+    def judge(self, step: int, figure: str, value: float, judged_by: str | None) -> None:
         """Of the checkpoint of this step; the best one stays when older ones are dropped, of equals the first.
+
+        Args:
+            judged_by: fingerprint of the images; what others said of earlier checkpoints does not compare.
 
         Raises:
             RunError: the mark cannot be written (exit code 74).
         """
-        if self._best and self._best["figure"] == figure and not value > self._best["value"]:
+        kind = {"figure": figure, "judged_by": judged_by}
+        if self._best and self._best.items() >= kind.items() and not value > self._best["value"]:
             return
-        self._best = {"step": step, "figure": figure, "value": value}
+        self._best = {"step": step, "value": value, **kind}
         if self.world.rank == 0:
             with writing(f"'{self.folder / BEST}'"):
                 write_whole(self.folder / BEST, json.dumps(self._best) + "\n")

@@ -76,6 +76,7 @@ class Task(Protocol):
     # the figure of a look, of which more is better, whose best checkpoint is kept; None: the newest are, alone. Each
     # look is then one at a checkpoint
     best: str | None
+    judged_by: str | None  # fingerprint of the images that it is judged by
     looks: list[Look]
     flops_per_image: int  # of a forward and backward, for TFLOP/s and MFU; 0: not known
     rehearsal: Rehearsal | None  # for optim.accumulate=auto; None: the job takes no micro-batches
@@ -187,7 +188,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             with meter.paused():
                 figures = _see(log, look, average.model or model, step, stop)
             if task.best in figures:
-                saver.judge(step, task.best, figures[task.best])
+                saver.judge(step, task.best, figures[task.best], task.judged_by)
         except RunError as err:
             # told to all ranks with the next batch: no step that was taken is lost
             lost = err

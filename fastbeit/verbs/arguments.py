@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastbeit.config.arguments import one_config
 from fastbeit.config.pretrain import Config
-from fastbeit.config.read import S, load_config, shipped_configs
+from fastbeit.config.read import JOBS, S, load_config, shipped_configs
 
 
 def path(text: str) -> Path:
@@ -14,7 +14,7 @@ def path(text: str) -> Path:
 
 
 def read_config(names: list[str], settings: list[str], model: type[S] = Config) -> S:
-    return load_config(one_config(names, list(shipped_configs(model))), settings, model)
+    return load_config(one_config(names, list(shipped_configs(model)), JOBS.get(model, "pretrain")), settings, model)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

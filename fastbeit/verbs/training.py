@@ -111,7 +111,7 @@ def report_verb(args: list[str]) -> int:
         metavar="ROW,COLUMN",
         help="patches whose attention maps are drawn, from 0,0; the centre and the thirds of the grid when not given",
     )
-    parser.add_argument("--block", type=int, metavar="N", help="whose maps, from 1; the last when not given")
+    parser.add_argument("--block", type=int, metavar="N", help="whose maps, from 0; the last when not given")
     parser.add_argument(
         "--tokenizer", type=path, metavar="DIR", help="where the run's tokenizer is now, if it was moved"
     )

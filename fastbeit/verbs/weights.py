@@ -1,6 +1,8 @@
 """Verbs that take a model: convert, export, features, predict, probe."""
 
 import argparse
+import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,7 @@ def probe_verb(args: list[str]) -> int:
     )
     _add_blocks(parser, "all")
     parser.add_argument("--epochs", type=_count, default=100, metavar="N", help="of the linear classifier (100)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="its first learning rate (4e-3)")
+    parser.add_argument("--lr", type=_rate, default=4e-3, help="its first learning rate (4e-3)")
     parser.add_argument("--batch-size", type=_count, default=1024, metavar="N", help="its images a step (1024)")
     parser.add_argument("--seeds", type=_count, default=1, metavar="N", help="times that it is trained (1)")
     parser.add_argument("-o", "--output", type=path, default=Path("probe.json"), metavar="FILE", help="(probe.json)")
@@ -137,13 +139,23 @@ def _add_blocks(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _count(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a number from 1 on; got '{text}'")
     return int(text)
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted numbers, such as 5,8,11; got '{text}'") from None
+
+
+def _rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"wanted a number above 0; got '{text}'")
 
 
 def _model(options: argparse.Namespace) -> Any:

@@ -78,6 +78,11 @@ def start_from(
     lines += [f"start: {name} of the file left out: {why}" for name, why in _grouped(reasons).items()]
     missing = [name for name in wanted if name not in taken]
     assert all(name in HEADS for name in missing), missing  # else the sizes differ, and that was refused
+    if "head.weight" in taken and not found.classes:
+        lines.append(
+            f"start: with the head, by number: the file does not name its {len(taken['head.weight']):,} classes, which "
+            "are taken to be the data's"
+        )
     if "lm_head.weight" in taken:
         number = f"{len(taken['lm_head.weight']):,}"
         lines.append(

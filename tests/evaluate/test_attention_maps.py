@@ -48,7 +48,7 @@ def test_maps_are_those_of_transformers(tmp_path, variant, kind):
         wanted = theirs((images.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5).attentions
     assert len(wanted) == DEPTH
     every = tuple((row, column) for row in range(GRID) for column in range(GRID))
-    for block, whole in enumerate(wanted, start=1):
+    for block, whole in enumerate(wanted):
         found = attention_maps(model, images, every, block)
         assert found.shape == (2, GRID * GRID, SMALL["num_heads"], GRID, GRID)
         torch.testing.assert_close(found.flatten(3), whole[:, :, 1:, 1:].transpose(1, 2), atol=1e-5, rtol=0)
@@ -79,8 +79,8 @@ WRONG = {
     "row": (Reference(points=((0, 0), (7, 3))), "--points 7,3 is no patch of a grid of 7 x 14: rows are 0 to 6"),
     "column": (Reference(points=((0, 14),)), "--points 0,14 .* columns 0 to 13"),
     "negative": (Reference(points=((-1, 0),)), "--points -1,0"),
-    "no block": (Reference(block=0), "--block 0: the model has blocks 1 to 12"),
-    "past the last": (Reference(block=13), "--block 13: the model has blocks 1 to 12"),
+    "no block": (Reference(block=-1), "--block -1: the model has blocks 0 to 11"),
+    "past the last": (Reference(block=12), "--block 12: the model has blocks 0 to 11"),
 }
 
 

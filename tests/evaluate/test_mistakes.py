@@ -13,8 +13,8 @@ from fastbeit.data.labelled import centre_crop
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DATA_MISSING, DataError
 from fastbeit.evaluate import mistakes
-from fastbeit.evaluate.classify import classify
-from fastbeit.evaluate.mistakes import Answers, examine, head_labels, most_frequent
+from fastbeit.evaluate.classify import classify, rows_of
+from fastbeit.evaluate.mistakes import Answers, examine, most_frequent
 from fastbeit.model.classify import Classifier
 from fastbeit.train.stop import Stop
 from helpers.finetuned import CLASSES, classifier, index_of
@@ -83,8 +83,8 @@ def test_figures_are_those_of_a_validation(model, tmp_path):
 
 def test_classes_are_told_by_their_names(model, index):
     assert index.class_names == ["b", "c", "d", "e", "f", "g"]
-    assert head_labels(index, CLASSES).tolist() == [1, 2, 3, 4, 5, 6]
-    assert head_labels(index, ["g", "b"]).tolist() == [1, -1, -1, -1, -1, 0]
+    assert rows_of(index, CLASSES)[0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert rows_of(index, ["g", "b"])[0].tolist() == [1, -1, -1, -1, -1, 0]
     assert most_frequent(index, CLASSES, 3) == [1, 5, 3]
     assert most_frequent(index, ["g", "c", "x"], 2) == [1, 0]
 

@@ -75,7 +75,7 @@ def test_a_later_call_leaves_nothing_of_an_earlier_one(place, tmp_path):
     "more, code, message",
     [
         (["--blocks", "2"], USAGE, "block 2 is wanted of a model of 2, which are 0 to 1"),
-        (["--blocks", "last"], USAGE, "argument --blocks: invalid"),
+        (["--blocks", "last"], USAGE, "argument --blocks: wanted numbers"),
         (["--mean", "0.5"], USAGE, "--mean: expected 3 arguments"),
     ],
 )

@@ -65,7 +65,7 @@ def test_fewer_images_than_neighbours_and_classes_that_are_not_learnt(place, tmp
     "more, code, message",
     [
         (["--blocks", "0,7"], USAGE, "block 7 is wanted of a model of 2"),
-        (["--epochs", "0"], USAGE, "argument --epochs: invalid"),
+        (["--epochs", "0"], USAGE, "argument --epochs: wanted a number from 1 on"),
         (["-o", "{place}/val.idx/probe.json"], CANNOT_CREATE, "probe.json' cannot be written"),
     ],
 )

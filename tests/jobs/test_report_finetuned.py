@@ -46,7 +46,7 @@ def said(capsys) -> str:
 
 def test_the_page_stands_alone(tmp_path, capsys, indexes):
     run = write_run(tmp_path / "run", indexes, CLASSES, classifier(len(CLASSES)))
-    assert main(["report", str(run), "--points", "1,2", "0,0", "--block", "1"]) == DONE
+    assert main(["report", str(run), "--points", "1,2", "0,0", "--block", "0"]) == DONE
     sentence, place = capsys.readouterr().out.splitlines()
     page = (run / "report.html").read_text()
     assert place == f"report: {run / 'report.html'}" and sentence in page.replace("&#x27;", "'")
@@ -61,7 +61,7 @@ def test_the_page_stands_alone(tmp_path, capsys, indexes):
     # three of the 24 are dogs
     assert (figures["num_images"], figures["baseline_top1"]) == (24, 3 / 24)
     assert f"{found.top1:.1%}" in sentence and "'dog', the most frequent class of training" in sentence
-    assert "12.5%" in sentence and "Self-attention of block 1 of 2" in page and "pooling: mean" in page
+    assert "12.5%" in sentence and "Self-attention of block 0, of 0 to 1" in page and "pooling: mean" in page
     # names are text
     assert "<b>" not in page and "&lt;b&gt;" in page
     worst = facts["mistakes"][0]
@@ -137,7 +137,7 @@ def test_of_few_classes_the_five_most_likely_say_nothing():
 
 WRONG = {
     "a patch": (["--points", "0,0", "4,1"], "--points 4,1 is no patch of a grid of 4 x 4"),
-    "a block": (["--block", "3"], "--block 3: the model has blocks 1 to 2"),
+    "a block": (["--block", "2"], "--block 2: the model has blocks 0 to 1"),
 }
 
 
