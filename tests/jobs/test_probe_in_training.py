@@ -144,7 +144,7 @@ def test_an_index_without_labels_is_refused_before_the_first_step(train, tmp_pat
     with pytest.raises(RunError, match="12 of 12 images have no label") as caught:
         train(probe__index=parts["data.index"])
     assert caught.value.exit_code == DATA_MISSING and not (tmp_path / "run").exists()
-    with pytest.raises(RunError, match="probe.val_index: 'nope.idx' does not exist; make it with `fastbeit index"):
+    with pytest.raises(RunError, match="probe.val_index: 'nope.idx' does not exist; make one with `fastbeit index"):
         train(probe__val_index="nope.idx")
 
 
