@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +14,9 @@ if "OMP_NUM_THREADS" not in os.environ:
     # it; the commands that tests start inherit this
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+if hasattr(signal, "SIGHUP"):
+    # a suite that nohup starts would ignore it, and so would all that tests start
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
