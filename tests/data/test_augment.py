@@ -173,6 +173,12 @@ def test_the_defaults_are_the_recipe():
         "magnitude": 9.0,
         "magnitude_std": 0.5,
         "erase": 0.25,
+        "repeats": 1,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "mix_prob": 1.0,
+        "cutmix_share": 0.5,
+        "smoothing": 0.1,
     }
     for wrong in ("magnitude=11", "magnitude_std=-1", "erase=1.1", "num_ops=-1"):
         with pytest.raises(ConfigError, match=wrong.split("=")[0]):

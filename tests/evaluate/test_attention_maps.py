@@ -70,8 +70,8 @@ def test_a_point_is_a_row_and_a_column_of_the_grid():
 
 
 def test_points_are_spread_over_the_grid_where_none_are_chosen():
-    assert Reference().resolved((14, 14), 12) == (((4, 4), (7, 7), (9, 9)), 12)
-    assert Reference().resolved((2, 1), 3) == (((0, 0), (1, 0)), 3)
+    assert Reference().resolved((14, 14), 12) == (((4, 4), (7, 7), (9, 9)), 11)
+    assert Reference().resolved((2, 1), 3) == (((0, 0), (1, 0)), 2)
     assert Reference(points=((13, 0),), block=1).resolved((14, 14), 12) == (((13, 0),), 1)
 
 

@@ -140,10 +140,15 @@ def test_classes_are_those_that_have_images(tmp_path):
             [None, None],
             ["a", "b"],
             DataError,
-            "2 of 2 images of .*train.idx' have no label, and a probe",
+            "2 of 2 images have no label, such as .*0.png",
         ),
-        (["a", "b"], ["a", None], DataError, "1 of 2 images of .*val.idx' have no label"),
-        (["a", "a"], ["a"], ConfigError, "all images of .* are of one class, 'a'; a probe wants two or more"),
+        (["a", "b"], ["a", None], DataError, "1 of 2 images have no label, such as .*1.png"),
+        (
+            ["a", "a"],
+            ["a"],
+            ConfigError,
+            "all images to learn from, such as .* are of one class, 'a'; a probe wants two or more",
+        ),
         (["a", "b"], ["c"], ConfigError, "have no class in common: 'c' there, 'a' here"),
     ],
 )
