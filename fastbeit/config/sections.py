@@ -301,7 +301,20 @@ class EngineConfig(Section):
     name: Literal["auto", "single", "ddp", "deepspeed"] = Field(
         default="auto", description="auto: single on one rank, ddp on several"
     )
-    zero_stage: Literal[1] = Field(default=1, description="DeepSpeed ZeRO stage; 2 and 3 are not wired yet")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1,
+        description="of DeepSpeed ZeRO, what ranks share out: 0 nothing, 1 fp32 masters and moments, 2 gradients too, "
+        "3 weights too",
+    )
+    offload: Literal["none", "optimizer", "weights"] = Field(
+        default="none",
+        description="what ZeRO keeps in the host's memory: optimizer: fp32 masters and moments, updated there; "
+        "weights: weights too, of stage 3",
+    )
+    deepspeed_config: PathText = Field(
+        default="",
+        description="JSON with more of DeepSpeed's own configuration; keys that fastbeit decides are refused",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda when there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
@@ -314,6 +327,19 @@ class EngineConfig(Section):
         default=False,
         description="recompute each block's activations in the backward: less memory, a quarter more time",
     )
+
+    @model_validator(mode="after")
+    def _deepspeed_does_it(self) -> "EngineConfig":
+        wrong = []
+        if self.name != "deepspeed":
+            asked = {"offload": self.offload != "none", "deepspeed_config": bool(self.deepspeed_config)}
+            wrong += [
+                f"{key} is of DeepSpeed, and name is {self.name}; set name=deepspeed" for key in asked if asked[key]
+            ]
+        elif self.offload != "none" and self.zero_stage < (needed := 3 if self.offload == "weights" else 1):
+            wrong.append(f"offload={self.offload} wants zero_stage {needed} or more; got {self.zero_stage}")
+        refuse(wrong)
+        return self
 
 
 class ProbeConfig(Section):
