@@ -338,6 +338,8 @@ class EngineConfig(Section):
             ]
         elif self.offload != "none" and self.zero_stage < (needed := 3 if self.offload == "weights" else 1):
             wrong.append(f"offload={self.offload} wants zero_stage {needed} or more; got {self.zero_stage}")
+        if self.name == "deepspeed" and self.zero_stage == 3 and self.compile == "on":
+            wrong.append("compile=on does not go with zero_stage 3, which gathers weights in hooks; set compile=auto")
         refuse(wrong)
         return self
 

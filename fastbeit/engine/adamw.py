@@ -1,12 +1,14 @@
 """AdamW's step with clipping and skipping in its one kernel, and its moments by parameter name."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def clip_and_step(optimizer: torch.optim.AdamW, clip_grad: float) -> Tensor:
+def clip_and_step(optimizer: torch.optim.Optimizer, clip_grad: float) -> Tensor:
     """One update with clipped gradients, or none if a gradient is not finite; no value comes to the host.
 
     The fused kernel divides gradients by `grad_scale` and does nothing where `found_inf` is set: clipping costs no
@@ -29,7 +31,7 @@ def clip_and_step(optimizer: torch.optim.AdamW, clip_grad: float) -> Tensor:
     return norm
 
 
-def read_moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def read_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What AdamW remembers of each parameter, on the host: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
     return {
         f"{key}.{name}": value.detach().cpu()
@@ -38,7 +40,7 @@ def read_moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Te
     }
 
 
-def write_moments(model: nn.Module, optimizer: torch.optim.AdamW, moments: dict[str, Tensor]) -> None:
+def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
     """The inverse of `read_moments`."""
     for name, parameter in model.named_parameters():
         state = {"step": moments[f"step.{name}"].to(parameter.device, copy=True)}

@@ -1,6 +1,8 @@
 """One process, or DistributedDataParallel over several."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ class TorchEngine:
         self, model: nn.Module, optimizer: torch.optim.AdamW, world: World, dtype: torch.dtype, clip_grad: float
     ) -> None:
         self.model, self.optimizer, self.world, self.clip_grad = model, optimizer, world, clip_grad
+        self.configuration: dict[str, Any] | None = None
         self.autocast = nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype=dtype)
         self.ddp = None
         if world.host_group is not None:
@@ -37,5 +40,5 @@ class TorchEngine:
     def optimizer_state(self) -> dict[str, Tensor]:
         return read_moments(self.model, self.optimizer)
 
-    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         write_moments(self.model, self.optimizer, state)

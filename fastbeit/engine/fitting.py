@@ -13,6 +13,7 @@ from fastbeit.config.sections import EngineConfig, OptimConfig
 from fastbeit.engine.memory import RESERVE, SMALL, Footprint, fewest
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World
+from fastbeit.engine.sharded import shares_weights
 from fastbeit.errors import RunError
 from fastbeit.plural import counted
 
@@ -70,6 +71,13 @@ def fitting_accumulate(
         return fit(kept["accumulate"], kept=kept, line=f"{_chosen(images, kept['accumulate'])}, as before")
     torch.cuda.empty_cache()
     room, footprint = _room(model, world.device), rehearsal.footprint
+    if shares_weights(engine):
+        # a model whose weights are shared out runs under DeepSpeed alone, which counts the micro-batches
+        accumulate = max(world.gather([fewest(images, footprint, room)]))
+        line = (
+            f"{_chosen(images, accumulate)}, by formula: {_gib(footprint.peak(images // accumulate))} of {_gib(room)}"
+        )
+        return fit(accumulate, line=line, kept={"accumulate": accumulate, "basis": basis})
 
     def try_step(num_images: int) -> int | None:
         return dry_step(model, rehearsal, num_images, compute_dtype(engine, world.device))
@@ -197,7 +205,7 @@ def _basis(engine: EngineConfig, world: World) -> dict[str, Any]:
         "card_mib": min(world.gather([total])),
         "num_ranks": world.size,
         "precision": str(compute_dtype(engine, world.device)).removeprefix("torch."),
-        "deepspeed": engine.name == "deepspeed",
+        "zero": f"{engine.zero_stage}, offload {engine.offload}" if engine.name == "deepspeed" else "",
         "checkpoint_blocks": engine.checkpoint_blocks,
     }
 

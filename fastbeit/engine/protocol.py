@@ -4,7 +4,8 @@ The loss that is minimised is the sum over the global batch divided by its count
 whatever the ranks and micro-batches: each rank divides its sum by the global count, and gradients are added.
 """
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 from fastbeit.config.sections import EngineConfig, OptimConfig
 from fastbeit.engine.ddp import TorchEngine
 from fastbeit.engine.ranks import World
+from fastbeit.engine.sharded import shares_weights
+from fastbeit.engine.streamed import Tensors
 from fastbeit.engine.zero import DeepSpeedEngine
 
 
 class Engine(Protocol):
     """Calls the model, adds its gradients over ranks, updates its weights."""
+
+    configuration: dict[str, Any] | None  # what DeepSpeed was given, where it is DeepSpeed
 
     def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, ...]:
         """Run `model(*inputs)` forward and backward on one micro-batch.
@@ -39,11 +44,14 @@ class Engine(Protocol):
         """
         ...
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's moments and step for each parameter by name, whole and on the host; all ranks must call it."""
+    def optimizer_state(self) -> Tensors:
+        """What the optimizer remembers of each parameter, by its key and the parameter's name; all ranks must call it.
+
+        On the host, or read when they are asked for.
+        """
         ...
 
-    def load_optimizer_state(self, state: dict[str, Tensor]) -> None: ...
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 def make_engine(
@@ -76,7 +84,9 @@ def _is_ampere_or_newer(device: torch.device) -> bool:
 
 
 def compiles(settings: EngineConfig, device: torch.device) -> bool:
-    return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
+    # ZeRO-3's hooks, which gather a block's weights, cannot be part of its graph
+    is_wanted = settings.compile == "auto" and device.type == "cuda" and not shares_weights(settings)
+    return settings.compile == "on" or is_wanted
 
 
 def compiled_before() -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig
 from fastbeit.cores import num_cores
+from fastbeit.engine.sharded import is_sharded
 from fastbeit.errors import USAGE, RunError
 
 T = TypeVar("T")
@@ -119,9 +120,10 @@ class World:
         return Verdict(bool(stops), bool(saves), [one for bad, _ in reports for one in bad], next(iter(errors), None))
 
     def share(self, model: nn.Module) -> None:
-        """Give all ranks the parameters and buffers of rank 0."""
+        """Give all ranks the parameters and buffers of rank 0; of what ZeRO-3 has shared out each rank has its part."""
         if self.host_group is not None:
-            for tensor in model.state_dict().values():
+            whole = [parameter.data for parameter in model.parameters() if not is_sharded(parameter)]
+            for tensor in (*whole, *(buffer for name, buffer in model.named_buffers() if name in model.state_dict())):
                 dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:

@@ -1,19 +1,30 @@
-"""DeepSpeed ZeRO."""
+"""DeepSpeed ZeRO, stages 0 to 3."""
 
+import contextlib
+import os
+import re
 import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig, OptimConfig
-from fastbeit.engine.adamw import MOMENTS
+from fastbeit.engine import zero_state
+from fastbeit.engine.adamw import clip_and_step, read_moments, write_moments
+from fastbeit.engine.deepspeed_config import deepspeed_config, zero_section
 from fastbeit.engine.ranks import World
+from fastbeit.engine.sharded import count_weights, shares_weights
+from fastbeit.engine.streamed import Streamed
 from fastbeit.errors import USAGE, RunError
+
+FLOOR = (0, 19, 4)  # before it gradients were wrong without a word: its issues 7718, 8224, 7985, 7839
 
 
 class DeepSpeedEngine:
-    """DeepSpeed ZeRO-1: each rank keeps and updates its share of the fp32 weights and moments."""
+    """Ranks share out fp32 weights and moments (stage 1), gradients too (2), weights too (3), or nothing (0)."""
 
     def __init__(
         self,
@@ -21,7 +32,7 @@ class DeepSpeedEngine:
         optim: OptimConfig,
         accumulate: int,
         model: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         world: World,
         dtype: torch.dtype,
     ) -> None:
@@ -29,12 +40,22 @@ class DeepSpeedEngine:
             raise RunError(
                 "engine.name=deepspeed wants the launcher: deepspeed --num_gpus N --module fastbeit pretrain ...", USAGE
             )
-        deepspeed = _import_deepspeed(world.device)
-        self.model, self.world = model, world
-        self.engine, wrapped, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=_deepspeed_config(settings, optim, accumulate, world, dtype)
+        deepspeed = import_deepspeed(world.device)
+        self.model, self.world, self.clip_grad = model, world, optim.clip_grad
+        self.client, self.is_shared = optimizer, settings.zero_stage > 0
+        self.configuration: dict[str, Any] | None = deepspeed_config(
+            settings,
+            optim,
+            accumulate=accumulate,
+            num_ranks=world.size,
+            dtype=dtype,
+            num_weights=count_weights(model),
+            on_cuda=world.device.type == "cuda",
         )
-        self.optimizer: Any = wrapped  # a ZeRO optimizer, whose attributes DeepSpeed does not declare
+        self.engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.configuration)
+        self.optimizer: Any = wrapped  # DeepSpeed's own around it, whose attributes it does not declare
+        if self.is_shared:
+            zero_state.begin(self.optimizer)
 
     def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, ...]:
         loss_sum, *others = self.engine(*inputs)
@@ -46,45 +67,46 @@ class DeepSpeedEngine:
         return loss_sum.detach(), *others
 
     def step(self) -> Tensor:
-        self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+        if self.is_shared:
+            self.engine.step()
+            norm = self.engine.get_global_grad_norm()
+            return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
+        # the gradients are whole; DeepSpeed's own step would neither skip what is not finite nor say its norm
+        norm = clip_and_step(self.client, self.clip_grad)
+        self.engine.micro_steps += 1
+        self.engine.global_steps += 1
+        return norm
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_optimizer_state
+    def optimizer_state(self) -> Mapping[str, Tensor | Streamed]:
+        if not self.is_shared:
+            return read_moments(self.model, self.client)
+        return zero_state.read_state(self.model, self.optimizer)
 
-        self._link_moments()
-        step = self._partitions()[0]["step"]
-        state = {}
-        for name, parameter in self.model.named_parameters():
-            state[f"step.{name}"] = step.cpu().clone()
-            for key in MOMENTS:
-                moment: Any = safe_get_full_optimizer_state(parameter, key)
-                state[f"{key}.{name}"] = moment.cpu()
-        return state
-
-    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        step = next(value for key, value in state.items() if key.startswith("step."))
-        for partition in self.optimizer.single_partition_of_fp32_groups:
-            moments = {key: torch.zeros_like(partition) for key in MOMENTS}
-            self.optimizer.optimizer.state[partition] = {"step": step.to(partition.device, copy=True), **moments}
-        self._link_moments()
-        for name, parameter in self.model.named_parameters():
-            for key in MOMENTS:
-                value = state[f"{key}.{name}"].to(self.world.device)
-                safe_set_full_optimizer_state(parameter, value, key)
-
-    def _partitions(self) -> list[dict[str, Tensor]]:
-        return [self.optimizer.optimizer.state[p] for p in self.optimizer.single_partition_of_fp32_groups]
-
-    def _link_moments(self) -> None:
-        # DeepSpeed 0.19.8 links moments to parameters inside the first group's step, when the second group has none yet
-        self.optimizer._hp_optimizer_states_linked = False
-        self.optimizer._lazy_init_hp_params_optimizer_state()
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        if not self.is_shared:
+            write_moments(self.model, self.client, state)
+            return
+        zero_state.write_state(self.model, self.optimizer, state, self.world.rank)
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def building(settings: EngineConfig, world: World) -> AbstractContextManager[Any]:
+    """Where a model is made: under ZeRO-3 each module's parameters are shared out as soon as it is there."""
+    if not shares_weights(settings) or world.host_group is None:
+        return contextlib.nullcontext()
+    deepspeed = import_deepspeed(world.device)
+    # told by a configuration: where its argument `dtype` is used, DeepSpeed 0.19.8 takes 16 bits all the same
+    batch = {"train_batch_size": world.size, "train_micro_batch_size_per_gpu": 1}
+    zero = zero_section(settings, on_cuda=world.device.type == "cuda")
+    return deepspeed.zero.Init(config_dict_or_path=batch | {"zero_optimization": zero})
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """
+    Raises:
+        RunError: DeepSpeed is missing, or older than `FLOOR`.
+    """
+    # 0.19.8 reads them from the environment alone; SLURM has other names
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     try:
         import deepspeed
         import deepspeed.ops
@@ -92,6 +114,14 @@ def _import_deepspeed(device: torch.device) -> Any:
         raise RunError(
             f"engine.name=deepspeed wants the deepspeed package ({err}); pip install deepspeed", USAGE
         ) from err
+    found = tuple(int(number) for number in re.findall(r"\d+", deepspeed.__version__)[:3])
+    if found < FLOOR:
+        wanted = ".".join(map(str, FLOOR))
+        raise RunError(
+            f"engine.name=deepspeed wants DeepSpeed {wanted} or newer, found {deepspeed.__version__}: older ones "
+            "computed wrong gradients; pip install --upgrade deepspeed",
+            USAGE,
+        )
     deepspeed.utils.logger.setLevel("WARNING")
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has replaced
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
@@ -100,18 +130,3 @@ def _import_deepspeed(device: torch.device) -> Any:
         # every later run waits for ever without a word; gloo needs no compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _deepspeed_config(
-    settings: EngineConfig, optim: OptimConfig, accumulate: int, world: World, dtype: torch.dtype
-) -> dict:
-    # made from checked fields alone: DeepSpeed ignores top-level keys that it does not know
-    return {
-        "train_batch_size": optim.batch_size,
-        "train_micro_batch_size_per_gpu": optim.batch_size // accumulate // world.size,
-        "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": optim.clip_grad,
-        "zero_optimization": {"stage": settings.zero_stage},
-        "torch_autocast": {"enabled": dtype != torch.float32, "dtype": str(dtype).removeprefix("torch.")},
-        "steps_per_print": 1 << 31,
-    }

@@ -28,6 +28,7 @@ from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.memory import footprint
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World, start_world
+from fastbeit.engine.sharded import count_weights
 from fastbeit.engine.work import step_flops
 from fastbeit.errors import DATA_MISSING, DONE, ConfigError, RunError
 from fastbeit.evaluate.classify import check_classes, classify
@@ -143,11 +144,10 @@ class Finetuning:
     def make_model(self) -> Classifier:
         return make_classifier(self.config, len(self.classes))
 
-    def start(self, model: nn.Module) -> None:
+    def start(self, model: nn.Module, stop: Stop) -> None:
         """From pre-trained weights, or the authors' initialisation."""
         if self.weights:
             self.weights.load(model)
-            self.weights.tensors.clear()
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         loader = make_labelled_loader(
@@ -195,11 +195,10 @@ class Finetuning:
 
     def greet(self, log: RunLog, model: nn.Module) -> None:
         config, world = self.config, self.world
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         log.say(
-            f"{counted(self.num_images, 'image')} of {counted(len(self.classes), 'class')}, {parameters:,} parameters, "
-            f"{counted(world.size, 'rank')} on {world.device.type}, steps {log.first_step} to {log.num_steps}, "
-            f"out {config.out}"
+            f"{counted(self.num_images, 'image')} of {counted(len(self.classes), 'class')}, {count_weights(model):,} "
+            f"parameters, {counted(world.size, 'rank')} on {world.device.type}, steps {log.first_step} to "
+            f"{log.num_steps}, out {config.out}"
         )
         log.say(_spread(self.index))
         if not config.init:

@@ -24,6 +24,7 @@ from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.memory import Footprint, footprint
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World, start_world
+from fastbeit.engine.sharded import count_weights
 from fastbeit.engine.work import step_flops
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
@@ -135,11 +136,10 @@ class Pretraining:
     def make_model(self) -> Beit:
         return make_beit(self.config, vocab_size=self.source.vocab_size)
 
-    def start(self, model: nn.Module) -> None:
+    def start(self, model: nn.Module, stop: Stop) -> None:
         """From the authors' initialisation, or from weights of another model where they fit."""
         if self.weights:
             self.weights.load(model)
-            self.weights.tensors.clear()
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         loader = make_loader(
@@ -195,10 +195,9 @@ class Pretraining:
 
     def greet(self, log: RunLog, model: nn.Module) -> None:
         config, source, world = self.config, self.source, self.world
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         log.say(
-            f"{counted(self.num_images, 'image')}, {parameters:,} parameters, {counted(world.size, 'rank')} on "
-            f"{world.device.type}, steps {log.first_step} to {log.num_steps}, out {config.out}"
+            f"{counted(self.num_images, 'image')}, {count_weights(model):,} parameters, {counted(world.size, 'rank')} "
+            f"on {world.device.type}, steps {log.first_step} to {log.num_steps}, out {config.out}"
         )
         for line in [*lines_of(self.weights, config.init, log.first_step), *self.lines]:
             log.say(line)

@@ -1,5 +1,6 @@
 """Train a dVAE of one's own, top to bottom: crops -> words, drawn -> pixels -> loss -> AdamW -> averaged weights."""
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Generator, Sequence
@@ -21,6 +22,7 @@ from fastbeit.data.progress import reported
 from fastbeit.data.to_device import on_device
 from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.ranks import World, start_world
+from fastbeit.engine.sharded import count_weights, whole
 from fastbeit.errors import DONE, PREEMPTED, TokenizerError
 from fastbeit.plural import counted
 from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
@@ -143,8 +145,15 @@ class DvaeTraining:
         model = DvaeTrainer(self.config, self.world.size)
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch does not declare it
 
-    def start(self, model: nn.Module) -> None:
+    def start(self, model: nn.Module, stop: Stop) -> None:
         """First and last layers solved in closed form on the images of the first steps (`kmeans_start`)."""
+        with whole(model.parameters(), written=True):
+            if self.world.rank == 0:
+                # the ranks stop together, before the first step
+                with contextlib.suppress(StopWanted), stop.interrupts():
+                    self._solve(model)
+
+    def _solve(self, model: nn.Module) -> None:
         assert isinstance(model, DvaeTrainer)
         device, config = self.world.device, self.config
         num_crops = config.look_steps * config.optim.batch_size
@@ -221,10 +230,9 @@ class DvaeTraining:
         return measure_quality(tokenizer, (batch.images for batch in batches)).figures()
 
     def greet(self, log: RunLog, model: nn.Module) -> None:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         log.say(
-            f"{counted(self.num_images, 'image')}, {parameters:,} parameters, {counted(self.world.size, 'rank')} on "
-            f"{self.world.device.type}, steps {log.first_step} to {log.num_steps}"
+            f"{counted(self.num_images, 'image')}, {count_weights(model):,} parameters, "
+            f"{counted(self.world.size, 'rank')} on {self.world.device.type}, steps {log.first_step} to {log.num_steps}"
         )
         if log.first_step:
             log.say(f"going on from the checkpoint of step {log.first_step}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.sections import Backend, Kernels, ModelConfig, Size
+from fastbeit.engine.sharded import whole
 from fastbeit.model.vit import NORM_EPS, VisionTransformer
 from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -90,12 +91,13 @@ class Classifier(VisionTransformer):
     @torch.no_grad()
     def _start_ends(self) -> None:
         """The authors leave the convolution as PyTorch starts it, and scale the head down."""
-        proj = self.patch_embed.proj
-        nn.init.kaiming_uniform_(proj.weight, a=math.sqrt(5))
-        bound = 1 / math.sqrt(proj.weight[0].numel())
-        nn.init.uniform_(proj.bias, -bound, bound)
-        self.head.weight.mul_(HEAD_SCALE)
-        self.head.bias.mul_(HEAD_SCALE)
+        proj, head = self.patch_embed.proj, self.head
+        with whole((proj.weight, proj.bias, head.weight, head.bias), written=True):
+            nn.init.kaiming_uniform_(proj.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(proj.weight[0].numel())
+            nn.init.uniform_(proj.bias, -bound, bound)
+            head.weight.mul_(HEAD_SCALE)
+            head.bias.mul_(HEAD_SCALE)
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbeit.config.sections import Backend, Kernels, ModelConfig, Size
+from fastbeit.engine.sharded import whole
 from fastbeit.model.attention import Attention, RelativePositionBias, take
 from fastbeit_kernels.masked_embed import masked_embed, patchify
 
@@ -256,11 +257,13 @@ class VisionTransformer(nn.Module):
         What writes to the residual stream is divided by sqrt(2 * i) in block i, counted from 1 (section 2.5).
         """
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim > 1 and not name.endswith("relative_position_bias_table"):
-                fill(parameter, INIT_STD)
+            with whole([parameter], written=True):
+                if name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+                elif parameter.ndim > 1 and not name.endswith("relative_position_bias_table"):
+                    fill(parameter, INIT_STD)
         blocks = (module for module in self.modules() if isinstance(module, Block))
         for i, block in enumerate(blocks, start=1):
-            block.attn.proj.weight.div_(math.sqrt(2 * i))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * i))
+            for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+                with whole([weight], written=True):
+                    weight.div_(math.sqrt(2 * i))

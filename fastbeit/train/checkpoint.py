@@ -6,33 +6,36 @@ and renamed. Nothing in it is a pickle.
 """
 
 import contextlib
-import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from fastbeit.config.read import as_saved
 from fastbeit.engine.protocol import Engine
 from fastbeit.engine.ranks import World
+from fastbeit.engine.sharded import load_state as load_weights
+from fastbeit.engine.sharded import state_of
+from fastbeit.engine.streamed import Tensors, take_part
 from fastbeit.errors import CANNOT_WRITE, CHECKPOINT_UNUSABLE, USAGE, ConfigError, RunError, writing
-from fastbeit.files import UNFINISHED, do_without, move_folder, sha256, share, sync, write_whole
+from fastbeit.files import UNFINISHED, move_folder, sha256, share, sync, write_whole
 from fastbeit.train.ema import PREFIX, Average
 from fastbeit.train.settings import Changes, changes, compared, fixed, in_words
+from fastbeit.train.tensor_file import Renamed, TensorFile, write_tensors
 
 MANIFEST = "MANIFEST.json"
 BEST = "best.json"  # of a folder of checkpoints, where there is a best: its step, and what it was judged by
 VERSION = 1  # of this layout
 ALIASES = "latest", "best"  # of a checkpoint, after the path of a run
-FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+FILES = {MODEL, OPTIMIZER, "state.json"}
 
 
 class Saver:
@@ -56,7 +59,7 @@ class Saver:
         self.seconds_before: float = self._state.get("seconds", 0.0)
         self.schedule: list[int] | None = self._state.get("schedule")  # steps and warmup that it was made under
         self.fit: dict[str, Any] | None = self._state.get("fit")  # of micro-batches; None: auto chose nothing
-        self._weights = load_model(self.last_checkpoint) if self.last_checkpoint else {}
+        self._weights: Mapping[str, Tensor] = _open(self.last_checkpoint, MODEL) if self.last_checkpoint else {}
         # known to verify; the first stays while this training lasts
         self._good: set[Path] = {self.last_checkpoint} if self.last_checkpoint else set()
         self._resumed = self._good.copy()
@@ -65,20 +68,21 @@ class Saver:
     def load_weights(self, model: nn.Module) -> None:
         """Load the last checkpoint's weights, if there is one; the next two do so with average and moments."""
         if self.last_checkpoint:
-            own = {name: tensor for name, tensor in self._weights.items() if not name.startswith(PREFIX)}
             with self._fitting("weights"):
-                model.load_state_dict(own)
+                load_weights(
+                    model, Renamed(self._weights, {name: name for name in self._weights if not name.startswith(PREFIX)})
+                )
 
     def load_average(self, average: Average) -> None:
         if self.last_checkpoint:
             with self._fitting("averaged weights"):
-                average.load(self._weights)
+                average.load(self._weights, self.world.rank)
         self._weights = {}
 
     def load_moments(self, engine: Engine) -> None:
         if self.last_checkpoint:
             with self._fitting("moments"):
-                engine.load_optimizer_state(load_optimizer(self.last_checkpoint))
+                engine.load_optimizer_state(_open(self.last_checkpoint, OPTIMIZER))
 
     def changes(self, ran: dict[str, Any]) -> Changes:
         """What is another than when the checkpoint was made: settings, and what of `ran` was saved with it."""
@@ -86,9 +90,11 @@ class Saver:
 
     def save(self, step: int, engine: Engine, model: nn.Module, average: Average, known: dict[str, Any]) -> None:
         """Write a checkpoint of this step; all ranks must call it."""
-        moments = engine.optimizer_state()
-        if self.world.rank == 0:
-            weights = model.state_dict() | average.weights()
+        weights, moments = state_of(model) | average.weights(), engine.optimizer_state()
+        if self.world.rank:
+            take_part(weights)
+            take_part(moments)
+        else:
             state = {**self.origin, "config": self.config.model_dump(mode="json"), **known}
             written = save_checkpoint(self.folder, step, weights, moments, state)
             self._good.add(written)
@@ -155,10 +161,8 @@ class Saver:
             ) from err
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
-) -> Path:
-    """Write `folder/step-XXXXXX` whole or not at all.
+def save_checkpoint(folder: Path, step: int, model: Tensors, optimizer: Tensors, state: dict[str, Any]) -> Path:
+    """Write `folder/step-XXXXXX` whole or not at all; other ranks `take_part` in what is streamed.
 
     Raises:
         RunError: the disk is full or not writable (exit code 74); what was there before stays.
@@ -168,8 +172,8 @@ def save_checkpoint(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in model.items()}, aside / "model.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, aside / "optimizer.safetensors")
+        write_tensors(aside / MODEL, model)
+        write_tensors(aside / OPTIMIZER, optimizer)
         (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
@@ -251,26 +255,19 @@ def _read_best(folder: Path) -> dict[str, Any] | None:
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
-    return _load(path / "model.safetensors")
+    return dict(_open(path, MODEL))
 
 
 def load_optimizer(path: Path) -> dict[str, Tensor]:
-    return _load(path / "optimizer.safetensors")
+    return dict(_open(path, OPTIMIZER))
 
 
 def load_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except OSError as err:
-        # the library says the number in words alone
-        if f"os error {errno.ENODEV}" not in str(err):
-            raise
-        do_without(path, "memory-mapped files", err, "checkpoints are read as a whole, which takes twice the memory")
-        return load(path.read_bytes())
+def _open(path: Path, name: str) -> TensorFile:
+    return TensorFile(path / name)
 
 
 def _find_damage(path: Path) -> str | None:

@@ -4,6 +4,7 @@ A job tells it what a step is, as a `Task`.
 """
 
 import contextlib
+import json
 import math
 import platform
 import shlex
@@ -23,6 +24,7 @@ from fastbeit.data.batch import Batch
 from fastbeit.engine.fitting import Rehearsal, fitting_accumulate, out_of_memory_in_one_line
 from fastbeit.engine.protocol import compiled_before, compute_dtype, make_engine
 from fastbeit.engine.ranks import World
+from fastbeit.engine.zero import building
 from fastbeit.errors import DONE, PREEMPTED, ConfigError, RunError
 from fastbeit.files import aside, put_in_place
 from fastbeit.plural import counted
@@ -32,7 +34,7 @@ from fastbeit.train.ema import Average
 from fastbeit.train.log import RunLog
 from fastbeit.train.meter import Meter
 from fastbeit.train.optim import learning_rate, make_optimizer, set_learning_rate
-from fastbeit.train.rundir import keep_config
+from fastbeit.train.rundir import keep_config, keep_deepspeed_config
 from fastbeit.train.settings import in_words
 from fastbeit.train.stop import Stop, StopWanted
 
@@ -86,8 +88,8 @@ class Task(Protocol):
         a micro-batch, the loss first."""
         ...
 
-    def start(self, model: nn.Module) -> None:
-        """What a fresh training computes before its first step, on rank 0; all get its weights."""
+    def start(self, model: nn.Module, stop: Stop) -> None:
+        """What a fresh training computes before its first step: on all ranks, which get the weights of rank 0."""
         ...
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]: ...
@@ -148,14 +150,12 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     # 5. the step: order, crops, masks, noise, drop path and learning rate are functions of it
     saver = Saver(out / "checkpoints", task.origin, config, task.num_steps, world)
     torch.manual_seed(config.seed)
-    model = task.make_model()
+    with building(config.engine, world):
+        model = task.make_model()
     saver.load_weights(model)
     model.to(world.device)
     if saver.last_checkpoint is None:
-        if world.rank == 0:
-            # the ranks stop together, before the first step
-            with contextlib.suppress(StopWanted), stop.interrupts():
-                task.start(model)
+        task.start(model, stop)
         world.share(model)
     average = Average(model, task.ema_decay)
     saver.load_average(average)
@@ -185,8 +185,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     def look_on(look: Look) -> None:
         nonlocal lost
         try:
-            with meter.paused():
-                figures = _see(log, look, average.model or model, step, stop)
+            with meter.paused(), average.kept(task.make_model) as kept:
+                figures = _see(log, look, kept, step, stop)
             if task.best in figures:
                 saver.judge(step, task.best, figures[task.best], task.judged_by)
         except RunError as err:
@@ -206,6 +206,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     if world.rank == 0:
         # every check has passed: from here on there are traces of this start
         keep_config(out, config)
+        if engine.configuration:
+            keep_deepspeed_config(out, engine.configuration)
     bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0, anew=step == 0)
     with (
         out_of_memory_in_one_line(fit.remedy),
@@ -224,6 +226,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
         if step and saver.schedule not in (None, schedule):
             log.say(_another_schedule(step, saver.schedule, schedule, optim))
         task.greet(log, model)
+        if engine.configuration:
+            log.say(f"DeepSpeed's configuration: {json.dumps(engine.configuration)}")
         if fit.line:
             log.say(fit.line)
             log.write({"step": step, "event": "fit", **fit.figures})
@@ -239,7 +243,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             for part, is_last in micro_batches(tensors, fit.accumulate):
                 meter.add(engine.accumulate(part, count.clamp_min(1), is_last))
             meter.end_step(count, grad_norm=engine.step())
-            average.follow(model, step)
+            average.follow(step)
             step += 1
             if step == first_step + 1:
                 log.say(f"first step: {meter.seconds():.1f} s, compilation and first data in it{compiled_before()}")
@@ -273,8 +277,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     if error := lost or log.error or bad_samples.error:
         raise error
     code = DONE if is_done else PREEMPTED
-    kept = average.model or model
-    return Outcome(code, saver.last_checkpoint, kept, time.monotonic() - began, step - first_step)
+    with average.kept(task.make_model) as kept:
+        return Outcome(code, saver.last_checkpoint, kept, time.monotonic() - began, step - first_step)
 
 
 class Feed:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastbeit.config.sections import OptimConfig
+from fastbeit.engine.sharded import shape_of
 
 NO_DECAY_TOKENS = ("cls_token", "pos_embed")  # the mask token, the bias table and the head do decay, as officially
 STEM = ("cls_token", "mask_token", "pos_embed", "patch_embed")  # what is below the blocks
@@ -21,7 +22,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     top = len(getattr(model, "blocks", ())) + 1
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        is_still = parameter.ndim == 1 or name.endswith(".bias") or name in NO_DECAY_TOKENS
+        is_still = len(shape_of(parameter)) == 1 or name.endswith(".bias") or name in NO_DECAY_TOKENS
         groups.setdefault((layer_decay ** (top - _layer_of(name, top)), not is_still), []).append(parameter)
     return [
         {"params": groups[scale, decays], "weight_decay": weight_decay if decays else 0.0, "scale": scale}

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from fastbeit.config.read import as_saved, read_saved, save_config
 from fastbeit.config.sections import Section
 from fastbeit.data.index.given import INDICES, kept_or_gone
 from fastbeit.errors import CANNOT_CREATE, USAGE, ConfigError, RunError, writing
-from fastbeit.files import UNKNOWN, do_without, make_folder, try_out, unmake
+from fastbeit.files import UNKNOWN, do_without, make_folder, try_out, unmake, write_whole
 from fastbeit.train.checkpoint import newest_first
 from fastbeit.train.settings import changes, fixed, in_words
 
@@ -22,6 +23,7 @@ if sys.platform != "win32":
 # what a training that has saved nothing can have left; `checkpoints` may be an empty folder
 BEFORE_A_CHECKPOINT = (
     "config.yaml",
+    "deepspeed.json",
     "log.jsonl",
     "bad_samples.jsonl",
     "tensorboard",
@@ -60,6 +62,16 @@ def keep_config(out: Path, config: Any) -> None:
     with writing(f"'{out / 'config.yaml'}'"):
         save_config(config, out / "config.yaml")
     _begun.add(out)
+
+
+def keep_deepspeed_config(out: Path, configuration: dict[str, Any]) -> None:
+    """Write what DeepSpeed was given, for the user to read; no part of the run reads it.
+
+    Raises:
+        RunError: it cannot be written (74).
+    """
+    with writing(f"'{out / 'deepspeed.json'}'"):
+        write_whole(out / "deepspeed.json", json.dumps(configuration, indent=1) + "\n")
 
 
 _begun: set[Path] = set()  # directories of runs that this process has begun: all that is in them is kept

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastbeit.config.finetune import VitConfig
 from fastbeit.config.sections import ModelConfig, Size
 from fastbeit.engine.ranks import World
+from fastbeit.engine.sharded import whole
 from fastbeit.errors import ConfigError
 from fastbeit.model.resize import resize_weights, share_out
 from fastbeit.plural import counted
@@ -31,12 +32,18 @@ INDEX = "relative_position_index"
 class Start:
     """Weights that a model starts with, and what to say of them."""
 
-    tensors: dict[str, Tensor]  # all of the encoder, and those of the ends that are taken
-    lines: list[str]
+    names: list[str]  # all of the encoder, and those of the ends that are taken
+    tensors: dict[str, Tensor]  # on rank 0; on the others none
+    lines: list[str]  # likewise
 
     @torch.no_grad()
     def load(self, model: nn.Module) -> None:
-        model.load_state_dict(self.tensors, strict=False)
+        """Give the model these weights, one at a time, and forget them; all ranks must call it."""
+        for name, parameter in model.named_parameters():
+            if name in self.names:
+                with whole([parameter], written=True):
+                    if self.tensors:
+                        parameter.copy_(self.tensors.pop(name))
 
 
 def start_from(
@@ -95,7 +102,7 @@ def start_from(
             f"WARNING: these weights were trained on images of data.mean={list(found.mean)} data.std={list(found.std)}"
             f"; here they are {list(mean)} and {list(std)}"
         )
-    return Start(taken, lines)
+    return Start([*taken], taken, lines)
 
 
 def _grid(size: Size, patch_size: Size) -> Size:
@@ -166,7 +173,7 @@ def start_of(
     is_fresh: bool,
     classes: list[str] | None = None,
 ) -> Start | None:
-    """What `init` gives a fresh run, on rank 0, which shares the model with the others; all ranks must call it.
+    """What `init` gives a fresh run: read on rank 0, and given to the others with `load`; all ranks must call it.
 
     Args:
         make_empty: makes the model, on whatever device PyTorch is told.
@@ -176,16 +183,17 @@ def start_of(
     """
     found: Start | None = None
 
-    def read() -> None:
+    def read() -> list[str]:
         nonlocal found
         if config.init and is_fresh:
             with torch.device("meta"):
                 empty = make_empty()
             size, pixels = config.data.image_size, {"mean": config.data.mean, "std": config.data.std}
             found = start_from(Path(config.init), empty, config.model, size, **pixels, classes=classes)
+        return found.names if found else []
 
-    world.from_first(read)
-    return found
+    names = world.from_first(read)
+    return found or (Start(names, {}, []) if names else None)
 
 
 def lines_of(start: Start | None, init: str, first_step: int) -> list[str]:

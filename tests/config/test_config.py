@@ -269,14 +269,15 @@ def test_a_section_that_is_commented_out_has_its_defaults(write):
 
 def test_the_home_directory_is_expanded_in_all_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    keys = ["data.index", "data.tokens", "data.val_index", "init", "out", "probe.index", "probe.val_index"]
-    keys.append("tokenizer.path")
+    keys = ["data.index", "data.tokens", "data.val_index", "engine.deepspeed_config", "init", "out", "probe.index"]
+    keys += ["probe.val_index", "tokenizer.path"]
     texts = [key for key, field in known_keys(Config) if field.annotation is str]
     assert sorted(texts) == keys, "a key of text that is no path, or a path that is not expanded"
-    config = configure(Config, [f"{key}=~/x" for key in keys])
+    config = configure(Config, ["engine.name=deepspeed", *(f"{key}=~/x" for key in keys)])
     data = config.data
     found = [data.index, data.tokens, data.val_index, config.init, config.out, config.tokenizer.path]
-    assert {*found, config.probe.index, config.probe.val_index} == {"/home/me/x"}
+    found += [config.probe.index, config.probe.val_index, config.engine.deepspeed_config]
+    assert {*found} == {"/home/me/x"}
 
 
 def test_a_home_of_nobody_is_no_folder():

@@ -97,8 +97,8 @@ def started(monkeypatch) -> list[dict]:
     """The weights that fresh runs start with."""
     found, start = [], Pretraining.start
 
-    def noted(self, model):
-        start(self, model)
+    def noted(self, model, stop):
+        start(self, model, stop)
         found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
     monkeypatch.setattr(Pretraining, "start", noted)

@@ -1,5 +1,6 @@
 """A dVAE of one's own: it says how it goes, and a resumed training is the uninterrupted one."""
 
+import copy
 import json
 import math
 import signal
@@ -93,18 +94,22 @@ def test_the_average_follows_the_weights():
     model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
 
     def followed(step: int, decay: float) -> torch.Tensor:
-        average = Average(other, decay)
-        average.follow(model, step)
-        assert isinstance(average.model, torch.nn.Linear)
-        return average.model.weight.detach()
+        trained = copy.deepcopy(other)
+        average = Average(trained, decay)
+        trained.load_state_dict(model.state_dict())
+        average.follow(step)
+        with average.kept(lambda: pytest.fail("nothing is shared out")) as kept:
+            assert kept is not trained
+            return kept.get_parameter("weight").detach()
 
     # early steps are forgotten soon: 0.9 of the new weights
     torch.testing.assert_close(followed(0, 0.999), 0.1 * other.weight.detach() + 0.9 * model.weight.detach())
     torch.testing.assert_close(followed(10**6, 0.75), 0.75 * other.weight.detach() + 0.25 * model.weight.detach())
     assert torch.equal(followed(10**6, 0), model.weight)
     none = Average(model, None)
-    none.follow(model, 0)
-    assert none.model is None and none.weights() == {}
+    none.follow(0)
+    with none.kept(lambda: pytest.fail("nothing is shared out")) as kept:
+        assert kept is model and none.weights() == {}
 
 
 def test_held_out_images_are_measured_with_the_averaged_weights(photos, tmp_path):
