@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig, OptimConfig
-from fastbeit.engine.adamw import MOMENTS
+from fastbeit.engine.optimizer_state import MOMENTS
 from fastbeit.engine.ranks import World
 from fastbeit.errors import USAGE, RunError
 
@@ -15,13 +15,15 @@ from fastbeit.errors import USAGE, RunError
 class DeepSpeedEngine:
     """DeepSpeed ZeRO-1: each rank keeps and updates its share of the fp32 weights and moments."""
 
+    overflowed = None  # there is no loss scale
+
     def __init__(
         self,
         settings: EngineConfig,
         optim: OptimConfig,
         accumulate: int,
         model: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         world: World,
         dtype: torch.dtype,
     ) -> None:
