@@ -27,9 +27,9 @@ from benchmarks.step.drawn import draw_inputs
 from benchmarks.step.rates import VOCAB_SIZE, model_flops, work_of
 from benchmarks.step.variants import VARIANTS, Case
 from fastbeit.config.pretrain import Config
-from fastbeit.engine.adamw import clip_and_step
 from fastbeit.engine.protocol import make_engine
 from fastbeit.engine.ranks import World
+from fastbeit.engine.update import clip_and_step
 from fastbeit.model.beit import make_beit
 from fastbeit.train.optim import make_optimizer
 

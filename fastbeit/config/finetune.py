@@ -20,6 +20,7 @@ from fastbeit.config.sections import (
     Section,
     Whole,
     grid_of,
+    optimizers_that_do_not_fit,
     refuse,
     sizes_that_do_not_fit,
 )
@@ -58,7 +59,7 @@ class ClassifierConfig(ModelConfig):
 
 
 class FinetuneOptimConfig(OptimConfig):
-    """AdamW with a rate of its own for each block (Table 13)."""
+    """A rate of its own for each block (Table 13)."""
 
     batch_size: Count = Field(default=1024, description="images a step, over all ranks and micro-batches")
     epochs: Whole = Field(default=100, description="passes over the images; ignored when steps > 0")
@@ -70,9 +71,6 @@ class FinetuneOptimConfig(OptimConfig):
     clip_grad: float = Field(default=0.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.65, description="each block learns so many times as fast as the one above it"
-    )
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="of averaged weights, which are evaluated and kept in place of the last; null: none"
     )
 
 
@@ -130,7 +128,10 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "FinetuneConfig":
-        wrong = [*sizes_that_do_not_fit(self.data, self.model)]
+        wrong = [
+            *sizes_that_do_not_fit(self.data, self.model),
+            *optimizers_that_do_not_fit(self.optim, self.engine),
+        ]
         if self.augment.repeats > self.optim.batch_size:
             wrong.append(
                 f"augment.repeats {self.augment.repeats} is more than the {self.optim.batch_size} images of a batch"

@@ -20,6 +20,7 @@ from fastbeit.config.sections import (
     Section,
     TokenizerConfig,
     grid_of,
+    optimizers_that_do_not_fit,
     refuse,
     sizes_that_do_not_fit,
 )
@@ -96,6 +97,7 @@ class Config(Section):
                 *sizes_that_do_not_fit(self.data, self.model),
                 *self._masks_that_do_not_fit(),
                 *self._aims_that_do_not_fit(),
+                *optimizers_that_do_not_fit(self.optim, self.engine),
             ]
         )
         return self

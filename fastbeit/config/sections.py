@@ -260,9 +260,18 @@ def sizes_that_do_not_fit(data: DataConfig, model: ModelConfig) -> Iterator[str]
             )
 
 
-class OptimConfig(Section):
-    """AdamW, cosine schedule and clipping (Table 12)."""
+Optimizer = Literal["adamw", "apex_adam", "apex_lamb", "ds_cpu_adam", "muon"]
+OPTIMIZER: Any = Field(
+    default="adamw",
+    description="adamw: PyTorch's fused one; muon: of the matrices of the blocks, AdamW for the rest; apex_adam, "
+    "apex_lamb: NVIDIA apex's; ds_cpu_adam: DeepSpeed's AdamW of weights in the host's memory",
+)
 
+
+class OptimConfig(Section):
+    """Optimizer, cosine schedule and clipping (Table 12)."""
+
+    name: Optimizer = OPTIMIZER
     batch_size: Count = Field(default=2048, description="images a step, over all ranks and micro-batches")
     accumulate: AutoCount = Field(
         default="auto",
@@ -277,11 +286,14 @@ class OptimConfig(Section):
         default=10, description="epochs of linear warmup from 0; ignored when warmup_steps > 0"
     )
     warmup_steps: Whole = Field(default=0, description="steps of linear warmup from 0; 0: warmup_epochs decides")
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="AdamW's decay rates")
-    eps: Positive = Field(default=1e-8, description="AdamW's epsilon")
-    weight_decay: float = Field(default=0.05, ge=0, description="AdamW's decoupled weight decay, constant")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="decay rates of Adam's two moments")
+    eps: Positive = Field(default=1e-8, description="Adam's epsilon")
+    weight_decay: float = Field(default=0.05, ge=0, description="decoupled weight decay, constant")
     clip_grad: float = Field(
         default=3.0, ge=0, description="largest norm of the gradient: 3 for B, 1 for L; 0: no clipping"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="of averaged weights, which are evaluated and kept in place of the last; null: none"
     )
 
     @model_validator(mode="after")
@@ -316,9 +328,10 @@ class EngineConfig(Section):
         description="JSON with more of DeepSpeed's own configuration; keys that fastbeit decides are refused",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda when there is one")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto",
-        description="of activations; weights and loss stay fp32; auto: bf16 on cuda from Ampere on, else fp32",
+        description="of activations; weights and loss stay fp32; fp16 with a dynamic loss scale; auto: bf16 on cuda "
+        "from Ampere on, fp16 on Volta and Turing, fp32 on the cpu",
     )
     compile: OnOff = Field(
         default="auto", description="torch.compile each block of the model, in pre-training; auto: on cuda"
@@ -340,8 +353,32 @@ class EngineConfig(Section):
             wrong.append(f"offload={self.offload} wants zero_stage {needed} or more; got {self.zero_stage}")
         if self.name == "deepspeed" and self.zero_stage == 3 and self.compile == "on":
             wrong.append("compile=on does not go with zero_stage 3, which gathers weights in hooks; set compile=auto")
+        if self.name == "deepspeed" and self.precision == "fp16":
+            wrong.append(
+                "precision=fp16 has not been tried with DeepSpeed, which runs it on a GPU alone; set name=ddp, or "
+                "precision=fp32"
+            )
         refuse(wrong)
         return self
+
+
+def optimizers_that_do_not_fit(optim: OptimConfig, engine: EngineConfig) -> Iterator[str]:
+    """Where the optimizer cannot do what the engine asks of it."""
+    chosen, on_host = f"optim.name={optim.name}", engine.name == "deepspeed" and engine.offload != "none"
+    if optim.name == "ds_cpu_adam" and not on_host and engine.device != "cpu":
+        yield (
+            f"{chosen} updates weights that lie in the host's memory; set engine.device=cpu, or engine.name=deepspeed "
+            "engine.offload=optimizer"
+        )
+    if engine.name != "deepspeed":
+        return
+    if optim.name in ("muon", "apex_lamb"):
+        yield (
+            f"{chosen} wants whole matrices, and DeepSpeed ZeRO cuts them into pieces; set engine.name=ddp, or "
+            "optim.name=adamw"
+        )
+    elif optim.name == "apex_adam":
+        yield f"{chosen} has not been tried with DeepSpeed; set engine.name=ddp, or optim.name=adamw"
 
 
 class ProbeConfig(Section):

@@ -8,17 +8,20 @@ from pydantic import Field, model_validator
 from fastbeit.config.sections import (
     LEVELS,
     MOST,
+    OPTIMIZER,
     Count,
     DataConfig,
     EngineConfig,
     Levels,
     LogConfig,
     OptimConfig,
+    Optimizer,
     Pipeline,
     Positive,
     Section,
     Size,
     Whole,
+    optimizers_that_do_not_fit,
     refuse,
 )
 
@@ -100,12 +103,14 @@ class ObjectiveConfig(Section):
 class ScheduleConfig(Section):
     """AdamW as in A.2; the paper takes 3 M steps of 512 images."""
 
+    name: Optimizer = OPTIMIZER
     batch_size: Count = Field(default=64, description="images a step, over all ranks")
     steps: Count = Field(default=20_000, description="optimizer steps")
     lr: Positive = Field(default=1e-3, description="peak learning rate, after 5 % of the steps; ends at 1/80 of it")
 
     @property
-    def adamw(self) -> OptimConfig:
+    def whole(self) -> OptimConfig:
+        """With what is not set, as in A.2."""
         warmup = max(2, self.steps // 20)
         fields = self.model_dump()
         # the entropy of the words in use is that of all images of a step: no micro-batches
@@ -160,6 +165,12 @@ class TokenizerTrainConfig(Section):
         temperature = self.objective.temperature
         if temperature[0] < temperature[1]:
             wrong.append(f"objective.temperature wants start >= end; got {list(temperature)}")
+        wrong += optimizers_that_do_not_fit(self.optim.whole, self.engine)
+        if self.optim.name == "muon":
+            wrong.append(
+                "optim.name=muon is for the matrices of a transformer's blocks, and a tokenizer has none; set "
+                "optim.name=adamw"
+            )
         if self.engine.name == "deepspeed":
             wrong.append("engine.name=deepspeed does not train tokenizers; set engine.name=ddp")
         if self.engine.compile == "on":

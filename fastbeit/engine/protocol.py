@@ -23,6 +23,12 @@ class Engine(Protocol):
 
     configuration: dict[str, Any] | None  # what DeepSpeed was given, where it is DeepSpeed
 
+    @property
+    def overflowed(self) -> Tensor | None:
+        """Whether the last step may have been skipped for a loss scale that was too large, and is halved since: it says
+        nothing of the training yet. A bool scalar on the device; None: there is no loss scale."""
+        ...
+
     def accumulate(self, inputs: tuple, count: Tensor, is_last: bool) -> tuple[Tensor, ...]:
         """Run `model(*inputs)` forward and backward on one micro-batch.
 
@@ -45,10 +51,8 @@ class Engine(Protocol):
         ...
 
     def optimizer_state(self) -> Tensors:
-        """What the optimizer remembers of each parameter, by its key and the parameter's name; all ranks must call it.
-
-        On the host, or read when they are asked for.
-        """
+        """What the optimizer remembers of each parameter, by its key and the parameter's name, and the loss scale if
+        there is one: on the host, or read when it is asked for. All ranks must call it."""
         ...
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None: ...
@@ -58,7 +62,7 @@ def make_engine(
     settings: EngineConfig,
     optim: OptimConfig,
     model: nn.Module,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     world: World,
     accumulate: int = 1,
 ) -> Engine:
@@ -79,8 +83,13 @@ def make_engine(
     return TorchEngine(model, optimizer, world, dtype, optim.clip_grad)
 
 
-def _is_ampere_or_newer(device: torch.device) -> bool:
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+def _best_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
+    """What a card's matrix units compute fastest in."""
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip or capability >= (8, 0):
+        return torch.bfloat16
+    # Volta and Turing have no bfloat16 in them, and older cards no such units; DeepSpeed's float16 was not tried
+    return torch.float16 if capability >= (7, 0) and engine.name != "deepspeed" else torch.float32
 
 
 def compiles(settings: EngineConfig, device: torch.device) -> bool:
@@ -101,6 +110,5 @@ def compiled_before() -> str:
 def compute_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
     """Of activations: what `engine.precision` means on this device."""
     if engine.precision == "auto":
-        # cards before Ampere have no bfloat16 in their matrix units
-        return torch.bfloat16 if device.type == "cuda" and _is_ampere_or_newer(device) else torch.float32
-    return torch.bfloat16 if engine.precision == "bf16" else torch.float32
+        return _best_dtype(engine, device) if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]

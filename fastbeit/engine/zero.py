@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig, OptimConfig
 from fastbeit.engine import zero_state
-from fastbeit.engine.adamw import clip_and_step, read_moments, write_moments
 from fastbeit.engine.deepspeed_config import deepspeed_config, zero_section
+from fastbeit.engine.optimizer_state import read_state, write_state
 from fastbeit.engine.ranks import World
 from fastbeit.engine.sharded import count_weights, shares_weights
-from fastbeit.engine.streamed import Streamed
+from fastbeit.engine.streamed import Tensors
+from fastbeit.engine.update import clip_and_step
 from fastbeit.errors import USAGE, RunError
 
 FLOOR = (0, 19, 4)  # before it gradients were wrong without a word: its issues 7718, 8224, 7985, 7839
@@ -25,6 +26,8 @@ FLOOR = (0, 19, 4)  # before it gradients were wrong without a word: its issues 
 
 class DeepSpeedEngine:
     """Ranks share out fp32 weights and moments (stage 1), gradients too (2), weights too (3), or nothing (0)."""
+
+    overflowed = None  # there is no loss scale
 
     def __init__(
         self,
@@ -77,16 +80,16 @@ class DeepSpeedEngine:
         self.engine.global_steps += 1
         return norm
 
-    def optimizer_state(self) -> Mapping[str, Tensor | Streamed]:
+    def optimizer_state(self) -> Tensors:
         if not self.is_shared:
-            return read_moments(self.model, self.client)
-        return zero_state.read_state(self.model, self.optimizer)
+            return read_state(self.model, self.client)
+        return zero_state.read_shared_state(self.model, self.optimizer)
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         if not self.is_shared:
-            write_moments(self.model, self.client, state)
+            write_state(self.model, self.client, state)
             return
-        zero_state.write_state(self.model, self.optimizer, state, self.world.rank)
+        zero_state.write_shared_state(self.model, self.optimizer, state, self.world.rank)
 
 
 def building(settings: EngineConfig, world: World) -> AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
-"""What a ZeRO optimizer remembers of each parameter, by name: read and written one parameter at a time.
+"""What an optimizer under ZeRO remembers of each parameter, by name: read and written one parameter at a time.
 
-Stages 1 to 3 keep fp32 weights and moments in a few flat tensors a rank, its partitions; a parameter's moments lie in
-those of several ranks.
+Stages 1 to 3 keep fp32 weights and moments in a few flat tensors a rank, its partitions; those of a parameter lie in
+the partitions of several ranks. Names and kinds are those of engine/optimizer_state.py.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbeit.engine.adamw import MOMENTS
+from fastbeit.engine.optimizer_state import GROUP, MOMENTS, OF_GROUPS, keys_of, on_host, scalar_as_it_was
 from fastbeit.engine.sharded import cut, is_sharded, shape_of
 from fastbeit.engine.streamed import Streamed
 
@@ -32,16 +32,18 @@ def begin(optimizer: Any) -> None:
     """
     inner = optimizer.optimizer
     for partition in partitions(optimizer):
-        moments = {key: torch.zeros_like(partition) for key in MOMENTS}
-        inner.state[partition] = {"step": _step_like(inner, partition, 0), **moments}
+        # PyTorch counts in a tensor, DeepSpeed in a number
+        is_torch = isinstance(inner, torch.optim.AdamW)
+        step = torch.zeros((), dtype=torch.float32, device=partition.device) if is_torch else 0
+        inner.state[partition] = {"step": step, **{key: torch.zeros_like(partition) for key in MOMENTS}}
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         # by itself it links moments to parameters inside the first group's step, when the second has none yet
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def read_state(model: nn.Module, optimizer: Any) -> dict[str, Tensor | Streamed]:
-    """`exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME` of each parameter."""
+def read_shared_state(model: nn.Module, optimizer: Any) -> dict[str, Tensor | Streamed]:
+    """All ranks must call it."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     def moment(parameter: nn.Parameter, key: str) -> Streamed:
@@ -52,50 +54,46 @@ def read_state(model: nn.Module, optimizer: Any) -> dict[str, Tensor | Streamed]
 
         return Streamed(tuple(shape_of(parameter)), torch.float32, read)
 
-    step = torch.as_tensor(_step(optimizer), dtype=torch.float32).cpu()
+    inner = optimizer.optimizer
+    known = inner.state[partitions(optimizer)[0]]
+    scalars = {GROUP + key: inner.param_groups[0][key] for key in OF_GROUPS if key in inner.param_groups[0]}
+    scalars |= {key: value for key, value in known.items() if key not in MOMENTS}
     state: dict[str, Tensor | Streamed] = {}
     for name, parameter in model.named_parameters():
-        state[f"step.{name}"] = step.clone()
+        state |= {f"{key}.{name}": on_host(value).clone() for key, value in scalars.items()}
         state |= {f"{key}.{name}": moment(parameter, key) for key in MOMENTS}
     return state
 
 
-def write_state(model: nn.Module, optimizer: Any, state: Mapping[str, Tensor], rank: int) -> None:
-    """The inverse of `read_state`.
+def write_shared_state(model: nn.Module, optimizer: Any, state: Mapping[str, Tensor], rank: int) -> None:
+    """The inverse of `read_shared_state`, with the same optimizer; all ranks must call it.
 
     Raises:
         KeyError, RuntimeError: the state is that of another model.
     """
+    keys, scalars = keys_of(state), {}
+    for name, parameter in model.named_parameters():
+        for key in keys[name]:
+            value = state[f"{key}.{name}"]
+            if not value.ndim:
+                scalars[key] = value
+            elif value.shape != shape_of(parameter):
+                raise RuntimeError(f"{key}.{name} is of shape {list(value.shape)}, wanted {list(shape_of(parameter))}")
+            else:
+                _write(parameter, key, value, rank)
+    inner = optimizer.optimizer
+    for partition in partitions(optimizer):
+        own = {key: scalar_as_it_was(value, partition.device) for key, value in scalars.items()}
+        inner.state[partition] |= {key: value for key, value in own.items() if not key.startswith(GROUP)}
+    for group in inner.param_groups:
+        group |= {key.removeprefix(GROUP): value.item() for key, value in scalars.items() if key.startswith(GROUP)}
+
+
+def _write(parameter: nn.Parameter, key: str, value: Tensor, rank: int) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    inner, step = optimizer.optimizer, 0.0
-    for name, parameter in model.named_parameters():
-        step = state[f"step.{name}"].item()
-        for key in MOMENTS:
-            value = state[f"{key}.{name}"]
-            if value.shape != shape_of(parameter):
-                raise RuntimeError(f"{key}.{name} is of shape {list(value.shape)}, wanted {list(shape_of(parameter))}")
-            if is_sharded(parameter):
-                # DeepSpeed's own setter of whole values fails where the last part is shorter
-                safe_set_local_optimizer_state(parameter, cut(value, parameter, rank), key)
-            else:
-                safe_set_full_optimizer_state(parameter, value, key)
-    for partition in partitions(optimizer):
-        inner.state[partition]["step"] = _step_like(inner, partition, step)
-    for group in inner.param_groups:
-        if "step" in group:
-            group["step"] = int(step)
-
-
-def _step(optimizer: Any) -> Tensor | int:
-    """Steps taken; apex has them in its groups."""
-    inner = optimizer.optimizer
-    told = [group["step"] for group in inner.param_groups if "step" in group]
-    return told[0] if told else inner.state[partitions(optimizer)[0]]["step"]
-
-
-def _step_like(inner: torch.optim.Optimizer, partition: Tensor, step: float) -> Tensor | int:
-    """Steps as the optimizer counts them: PyTorch in a tensor beside the moments, DeepSpeed in a number."""
-    if isinstance(inner, torch.optim.AdamW):
-        return torch.tensor(float(step), device=partition.device)
-    return int(step)
+    if is_sharded(parameter):
+        # DeepSpeed's own setter of whole values fails where the last part is shorter
+        safe_set_local_optimizer_state(parameter, cut(value, parameter, rank), key)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from fastbeit.config.pretrain import Config
+from fastbeit.engine.apex import why_no_apex
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.health.finding import Finding, told
 from fastbeit.model.attention import check_attention
@@ -32,7 +33,7 @@ HOW_TO_GET = {
     "kernels.attention=xformers wants it",
     "nvidia.dali": f"pip install 'nvidia-dali-cuda{'120' if (torch.version.cuda or '').startswith('12') else '130'}"
     ">=2.2'; without it data.pipeline=torch decodes",
-    "apex": "nothing to do: it is not needed",
+    "apex": "nothing to do: only optim.name=apex_adam and apex_lamb want it",
     "simplejpeg": "pip install 'simplejpeg>=1.8'",
     "numpy": "pip install 'numpy>=1.26'",
     "safetensors": "pip install 'safetensors>=0.5'",
@@ -70,18 +71,7 @@ def too_old(name: str, found: str) -> Wrong | None:
 
 
 def _apex(module: Any, config: Config, device: torch.device) -> Wrong | None:
-    """NVIDIA's has fused optimizers; the package of that name on PyPI is a toolkit for web servers (Pyramid)."""
-    try:
-        optimizers: Any = importlib.import_module("apex.optimizers")
-    except ModuleNotFoundError as err:
-        if (err.name or "").startswith("apex"):
-            return "not NVIDIA's apex, but an unrelated package of that name", "pip uninstall apex"
-        raise
-    if not hasattr(optimizers, "FusedAdam"):
-        return "NVIDIA's apex, without FusedAdam", ""
-    if not is_there("amp_C"):
-        return "NVIDIA's apex, built without its CUDA extensions: amp_C is missing", ""
-    return None
+    return why_no_apex()
 
 
 def _xformers(module: Any, config: Config, device: torch.device) -> Wrong | None:

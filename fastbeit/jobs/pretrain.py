@@ -92,7 +92,6 @@ class Pretraining:
     """BEiT's task: a masked image in, the visual tokens of its masked patches out (section 2.3)."""
 
     sums: tuple[str, ...] = ("loss", "right")
-    ema_decay: float | None = None
     layer_decay: float = 1.0
     best: str | None = None
     judged_by: str | None = None
@@ -117,6 +116,7 @@ class Pretraining:
         self.config, self.optim, self.world, self.index, self.source = config, config.optim, world, index, source
         self.origin = {"index": index.fingerprint, "tokenizer": source.fingerprint}
         self.num_images, optim = len(index), config.optim
+        self.ema_decay = optim.ema_decay
         self.epoch_steps = steps_per_epoch(len(index), optim.batch_size, config.data.tail)
         self.num_steps = optim.steps or optim.epochs * self.epoch_steps
         self.num_warmup = min(optim.warmup_steps or optim.warmup_epochs * self.epoch_steps, self.num_steps)

@@ -59,7 +59,7 @@ def train_tokenizer(
     """
     images = DataConfig().model_copy(update={"index": str(source), "val_index": str(val_source or "")})
     world = start_world(config.engine)
-    check_batch(config.optim.adamw, world)
+    check_batch(config.optim.whole, world)
     config, pipeline = settle_pipeline(config, world, out, None)
     levels = config.data.levels
     with world.within_first(lambda: claim(out, config)):
@@ -132,7 +132,7 @@ class DvaeTraining:
         """
         self.lines = lines
         self.config, self.world, self.index, self.val_index = config, world, index, val_index
-        self.optim = config.optim.adamw
+        self.optim = config.optim.whole
         self.ema_decay: float | None = config.objective.ema_decay
         self.origin, self.num_images = {"index": index.fingerprint}, len(index)
         self.num_steps, self.num_warmup = config.optim.steps, self.optim.warmup_steps

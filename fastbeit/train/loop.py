@@ -242,7 +242,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
             set_learning_rate(optimizer, learning_rate(step, task.num_steps, task.num_warmup, optim))
             for part, is_last in micro_batches(tensors, fit.accumulate):
                 meter.add(engine.accumulate(part, count.clamp_min(1), is_last))
-            meter.end_step(count, grad_norm=engine.step())
+            meter.end_step(count, engine.step(), engine.overflowed)
             average.follow(step)
             step += 1
             if step == first_step + 1:

@@ -69,16 +69,20 @@ class Meter:
         doubles = [one.double() for one in sums]
         self._sums = [total + one for total, one in zip(self._sums, doubles, strict=True)] if self._sums else doubles
 
-    def end_step(self, count: Tensor, grad_norm: Tensor) -> None:
+    def end_step(self, count: Tensor, grad_norm: Tensor, overflowed: Tensor | None = None) -> None:
         """
         Args:
             count: of what the step predicted, over all ranks; a scalar on the device.
             grad_norm: not finite where the update was skipped.
+            overflowed: whether it may have been for a loss scale that was too large, and is halved since: such a step
+                is counted as skipped, and not among those in a row.
         """
         self._count += count
         self.num_steps += 1
         self._grad_norm = grad_norm
         self._skipped = _counted(self._skipped, ~torch.isfinite(grad_norm))
+        if overflowed is not None:
+            self._skipped[1] *= ~overflowed
         self._empty = _counted(self._empty, count == 0)
 
     def read(self) -> tuple[list[Tensor], float, dict[str, float]]:

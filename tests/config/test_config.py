@@ -104,7 +104,7 @@ def test_overrides_lie_over_the_file_and_the_result_reads_back(write, tmp_path):
         ("learning_rate=1", "did you mean 'optim.lr'?"),
         ("model.image_size=32", "did you mean 'data.image_size'?"),
         ("batch=8", "did you mean 'optim.batch_size'?"),
-        ("optim=3", "optim is a section, whose keys are set one by one, as optim.batch_size=...; got 3"),
+        ("optim=3", "optim is a section, whose keys are set one by one, as optim.name=...; got 3"),
         ("data.image_size=[1, 2, 3]", "data.image_size: wanted 2 numbers, for example [224, 224]; got [1, 2, 3]"),
         ("data.mean=[0.5]", "data.mean: wanted 3 numbers, for example [0.5, 0.5, 0.5]; got [0.5]"),
         ("data.mean=0.5", "data.mean: wanted 3 numbers, for example [0.5, 0.5, 0.5]; got 0.5"),

@@ -85,7 +85,10 @@ def test_what_fastbeit_decides_is_refused_by_name(with_json, key):
     "content, said",
     [
         ({"gradient_cliping": 1}, "gradient_cliping is not a key .*; did you mean gradient_clipping?"),
-        ({"zero_optimization": {"overlap_com": 1}}, "zero_optimization.overlap_com is not .* did you mean overlap_comm"),
+        (
+            {"zero_optimization": {"overlap_com": 1}},
+            "zero_optimization.overlap_com is not .* did you mean overlap_comm",
+        ),
         ({"xyz": 1}, "xyz is not a key that fastbeit passes on to DeepSpeed; known here: comms_logger, "),
         ({"zero_optimization": 1}, "zero_optimization wants an object; got 1"),
         ({"wall_clock_breakdown": 1}, "wall_clock_breakdown wants true or false; got 1"),

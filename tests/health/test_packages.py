@@ -42,7 +42,11 @@ def test_what_is_there_runs_in_its_version():
 
 def test_what_is_not_there_is_absent_and_it_is_told_how_to_get_it():
     found = look("apex")
-    assert (found.state, found.why, found.fix) == ("absent", "not installed", "nothing to do: it is not needed")
+    assert (found.state, found.why, found.fix) == (
+        "absent",
+        "not installed",
+        "nothing to do: only optim.name=apex_adam and apex_lamb want it",
+    )
 
 
 @pytest.mark.parametrize(

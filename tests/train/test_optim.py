@@ -6,7 +6,8 @@ from torch import nn
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import OptimConfig
-from fastbeit.engine.adamw import clip_and_step, read_moments, write_moments
+from fastbeit.engine.optimizer_state import read_state, write_state
+from fastbeit.engine.update import clip_and_step
 from fastbeit.model.beit import make_beit
 from fastbeit.train.optim import learning_rate, make_optimizer, parameter_groups
 
@@ -85,11 +86,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison):
 def test_moments_are_restored_as_the_weights_lie_in_memory():
     image = torch.randn(1, 3, 8, 8)
 
-    def take_step(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         model(image).square().sum().backward()
         clip_and_step(optimizer, clip_grad=0)
 
-    def make() -> tuple[nn.Module, torch.optim.AdamW]:
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3)
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch does not declare it
@@ -97,12 +98,12 @@ def test_moments_are_restored_as_the_weights_lie_in_memory():
 
     whole, optimizer = make()
     take_step(whole, optimizer)
-    saved, moments = copy.deepcopy((whole.state_dict(), read_moments(whole, optimizer)))
+    saved, moments = copy.deepcopy((whole.state_dict(), read_state(whole, optimizer)))
     take_step(whole, optimizer)
     resumed, optimizer = make()
     resumed.load_state_dict(saved)
     # as they come from a file
-    write_moments(resumed, optimizer, {name: value.contiguous() for name, value in moments.items()})
+    write_state(resumed, optimizer, {name: value.contiguous() for name, value in moments.items()})
     take_step(resumed, optimizer)
     for value, wanted in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(value, wanted)
