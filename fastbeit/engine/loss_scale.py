@@ -1,5 +1,7 @@
 """A loss scale for float16, whose smallest numbers are too large for gradients: dynamic, on the device."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ class LossScale:
         """For a checkpoint, on the host."""
         return {"loss_scale": self.value.cpu(), "growth_tracker": self._growth_tracker.cpu()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`; nothing, where it comes from a part of the run that had no loss scale."""
         if "loss_scale" in state:
             self.value.copy_(state["loss_scale"])
