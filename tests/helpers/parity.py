@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fastbeit.config.sections import EngineConfig, Kernels, ModelConfig, OptimConfig
 from fastbeit.engine.protocol import make_engine
 from fastbeit.engine.ranks import World, start_world
-from fastbeit.engine.sharded import is_sharded, load_state
+from fastbeit.engine.sharded import is_sharded, load_state, shares_weights
+from fastbeit.engine.streamed import in_order, read
 from fastbeit.engine.zero import building
 from fastbeit.model.beit import Beit
 from fastbeit.process import leave
@@ -26,7 +27,9 @@ from fastbeit.train.loop import micro_batches
 from fastbeit.train.optim import make_optimizer
 
 SIZES = ModelConfig(width=32, depth=3, num_heads=2, mlp_width=64, patch_size=(8, 8), drop_path=0)
-NUM_IMAGES, NUM_STEPS, VOCAB, SLOTS = 8, 10, 32, 6
+NUM_IMAGES, NUM_STEPS, SLOTS = 8, 10, 6
+VOCAB = 33  # odd: the last part of what ranks share out is shorter
+POISONED, GIVEN_BACK = 3, 6  # steps
 WAYS = [*itertools.product(("fp32", "bf16"), (1, 2), (False, True))]  # precision, micro-batches, checkpointed blocks
 
 
@@ -81,22 +84,37 @@ def run(settings: EngineConfig, accumulate: int, world: World) -> tuple[dict[str
     optim = OptimConfig(batch_size=NUM_IMAGES, accumulate=accumulate, lr=1e-3, clip_grad=1.0)
     with building(settings, world):
         model = make_model(settings.checkpoint_blocks)
+    if shares_weights(settings):
+        # no rank has had more than a module whole
+        assert all(is_sharded(parameter) and not parameter.numel() for parameter in model.parameters())
     load_state(model, weights())
     optimizer = make_optimizer(model, optim)
     engine = make_engine(settings, optim, model, optimizer, world, accumulate)
     gradients, losses = {}, []
     share = slice(world.rank * NUM_IMAGES // world.size, (world.rank + 1) * NUM_IMAGES // world.size)
+
+    def accumulate_all(tensors: tuple[Tensor, ...], count: Tensor) -> Tensor:
+        own, total = tuple(tensor[share] for tensor in tensors), torch.zeros(())
+        for part, is_last in micro_batches(own, accumulate):
+            total += engine.accumulate(part, count, is_last)[0].float()
+        return world.add(total) / count
+
     for step in range(NUM_STEPS):
         tensors = batch(step)
         count = (tensors[3] != -100).sum()
-        total = torch.zeros(())
-        for part, is_last in micro_batches(tuple(tensor[share] for tensor in tensors), accumulate):
-            total += engine.accumulate(part, count, is_last)[0].float()
+        if step == POISONED:
+            # infinite gradients on one rank: all skip the step
+            accumulate_all(tensors, count if world.rank < world.size - 1 else torch.zeros(()))
+            assert not math.isfinite(engine.step())
+        if step == GIVEN_BACK:
+            # what the optimizer remembers is read, wiped and given back
+            state = {name: read(tensor) for name, tensor in in_order(engine.optimizer_state())}
+            engine.load_optimizer_state({name: torch.zeros_like(tensor) for name, tensor in state.items()})
+            engine.load_optimizer_state(state)
+        losses.append(accumulate_all(tensors, count).item())
         if not step:
             gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
-        norm = engine.step()
-        assert math.isfinite(norm)
-        losses.append((world.add(total) / count).item())
+        assert math.isfinite(engine.step())
     return gradients, losses
 
 

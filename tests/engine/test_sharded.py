@@ -1,0 +1,62 @@
+"""Parts of weights, without DeepSpeed; with it: test_parity.py and test_engine.py."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastbeit.config.sections import EngineConfig
+from fastbeit.engine.ranks import World
+from fastbeit.engine.sharded import any_sharded, count_weights, cut, load_state, part_of, shape_of, whole
+from fastbeit.engine.zero import building, import_deepspeed
+from fastbeit.errors import RunError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 16])
+def test_parts_are_all_of_a_tensor_and_zeros(num_ranks):
+    value = torch.arange(1.0, 11).view(2, 5)
+    size = -(-value.numel() // num_ranks)
+    # as DeepSpeed cuts: equal parts, of which the last are shorter or empty
+    parameter: Any = SimpleNamespace(ds_id=0, ds_tensor=torch.zeros(size), ds_shape=value.shape)
+    assert shape_of(parameter) == value.shape and len(part_of(parameter)) == size
+    parts = [cut(value, parameter, rank) for rank in range(num_ranks)]
+    assert all(part.shape == (size,) for part in parts)
+    joined = torch.cat(parts)
+    assert torch.equal(joined[:10], value.flatten()) and not joined[10:].any()
+
+
+def test_what_is_whole_stays_as_it_is():
+    model = nn.Linear(2, 3)
+    assert not any_sharded(model) and count_weights(model) == 9
+    assert part_of(model.weight).data_ptr() == model.weight.data_ptr()
+    with whole(model.parameters(), written=True):
+        nn.init.zeros_(model.weight)
+    load_state(model, {"weight": torch.ones(3, 2), "bias": torch.ones(3)})
+    assert model.weight.sum() == 6
+    with pytest.raises(RuntimeError):
+        load_state(model, {"weight": torch.ones(3, 2)})
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_no_weights_are_shared_out_before_stage_3(zero_stage):
+    settings = EngineConfig(name="deepspeed", zero_stage=zero_stage)
+    with building(settings, World(0, 1, CPU)):
+        assert not any_sharded(nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize(
+    "version, is_old", [("0.19.3", True), ("0.19.4", False), ("0.19.8+cpu", False), ("1.0", False)]
+)
+def test_a_deepspeed_with_wrong_gradients_is_refused(monkeypatch, version, is_old):
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed, "__version__", version)
+    if not is_old:
+        assert import_deepspeed(CPU) is deepspeed
+        return
+    with pytest.raises(RunError, match=r"wants DeepSpeed 0\.19\.4 or newer, found 0\.19\.3"):
+        import_deepspeed(CPU)
