@@ -43,7 +43,8 @@ def job_with_a_free_port() -> int:
 
 
 def main(args: list[str]) -> int:
-    counts = {"--nodes": 1, "--ntasks-per-node": 1}
+    counts = {"--nodes": "SLURM_NNODES", "--ntasks-per-node": "SLURM_NTASKS_PER_NODE"}
+    counts = {option: int(os.environ.get(name, 1)) for option, name in counts.items()}
     while args and args[0].startswith("-"):
         option = args.pop(0)
         if option in counts:
