@@ -138,7 +138,7 @@ def test_real_ranks_are_stopped_and_requeued(tmp_path, slurm):
     here = {"SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "INDEX": str(tmp_path / "t.idx"), "OMP_NUM_THREADS": "1"}
     env = {**kept, **slurm, **here, "CONFIG": "configs/debug_cpu.yaml", "PYTHONPATH": os.pathsep.join(sys.path)}
     log = tmp_path / "a run" / "log.jsonl"
-    command = ["bash", SCRIPT, "engine.name=ddp", "optim.steps=100000", "log.save_every=100000"]
+    command = ["bash", SCRIPT, "data.num_workers=1", "optim.steps=100000", "log.save_every=100000"]
     with started(command, env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT) as job:
         wait_until(job, lambda: log.exists() and '"step": 2' in log.read_text())
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)

@@ -61,7 +61,8 @@ def main(args: list[str]) -> int:
         for rank in range(nodes * per_node)
     ]
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: [task.send_signal(number) for task in tasks])
+        # to all processes of a task, decoding ones as well
+        signal.signal(number, lambda number, _: [os.killpg(task.pid, number) for task in tasks if task.poll() is None])
     return max(code if code >= 0 else 128 - code for code in [task.wait() for task in tasks])
 
 
