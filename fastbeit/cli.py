@@ -44,6 +44,7 @@ HELP = f"""fastbeit {__version__}: pre-train BEiT on unlabelled images
 `fastbeit VERB --help` says more; `fastbeit --version` prints the version. On several GPUs:
   deepspeed --module fastbeit pretrain CONFIG [key=value ...]
   torchrun --nproc-per-node 8 -m fastbeit pretrain CONFIG [key=value ...]
+  srun --ntasks 8 --gpus 8 fastbeit pretrain CONFIG [key=value ...]
 
 Exit codes: 0 done, 2 usage or config, 65 too many bad images, 66 data missing, 73 and 74 cannot write, 75 stopped and
 saved (run the same command again), 78 no usable checkpoint, 1 anything else."""

@@ -74,6 +74,14 @@ FREE = {
         "sub_group_size": int,
         "use_multi_rank_bucket_allreduce": bool,
     },
+    "comms_logger": {"debug": bool, "enabled": bool, "prof_all": bool, "verbose": bool},
+    "flops_profiler": {
+        "detailed": bool,
+        "enabled": bool,
+        "output_file": str,
+        "profile_step": int,
+        "top_modules": int,
+    },
     "zero_optimization.offload_optimizer": {"pin_memory": bool},
     "zero_optimization.offload_param": {"pin_memory": bool},
 }
@@ -162,13 +170,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _problems(found: dict[str, Any], place: str):
     """A line for each key that cannot be taken."""
-    free = FREE.get(place)
+    free = FREE[place]
     for name, value in found.items():
         key = f"{place}.{name}" if place else name
         if key in DECIDED:
             yield f"{key} is decided by {DECIDED[key]}; leave it out"
-        elif free is None:
-            continue  # what a logger or a profiler takes, DeepSpeed looks at
         elif name not in free:
             near = difflib.get_close_matches(name, [*free, *(k.rpartition(".")[2] for k in DECIDED)], 1)
             known = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(free))}"

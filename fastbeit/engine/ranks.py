@@ -3,8 +3,9 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig
 from fastbeit.cores import num_cores
+from fastbeit.engine.launch import find_place
 from fastbeit.engine.sharded import is_sharded
 from fastbeit.errors import USAGE, RunError
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # of a collective; PyTorch's and DeepSpeed's own are others for each backend
 WORD_EVERY_S = 1.0  # far below the time-out of a collective, which is minutes
 
 
@@ -150,62 +153,38 @@ def device_of(engine: EngineConfig, local_rank: int = 0) -> torch.device:
 
 
 def start_world(engine: EngineConfig) -> World:
-    """Join the ranks that the `deepspeed` launcher or torchrun started; without a launcher there is one.
+    """Join the ranks that torchrun, the `deepspeed` launcher or SLURM started; without any of them there is one.
 
     Raises:
-        RunError: the launcher's variables do not fit together, or the ranks do not find each other (2).
+        RunError: the variables of who started it do not fit together, or the ranks do not find each other (2).
     """
-    place = _place(os.environ)
-    rank, size, local_rank = place or (0, 1, 0)
-    device = device_of(engine, local_rank)
+    place = find_place(os.environ, os.isatty(0), torch.cuda.device_count())
+    device = device_of(engine, place.local_rank)
     on_cuda = device.type == "cuda"
-    if engine.name == "single" and size > 1:
-        raise RunError(f"engine.name=single runs on one rank, but {size} were started; set engine.name=ddp", USAGE)
+    if engine.name == "single" and place.size > 1:
+        raise RunError(
+            f"engine.name=single runs on one rank, but {place.size} were started; set engine.name=ddp", USAGE
+        )
     if on_cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        told = [name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)]
-        local_size = _number(os.environ, told[0], 1) if told else size
-        torch.set_num_threads(max(1, num_cores() // local_size))
-    if place is None:
-        return World(rank, size, device)
+        torch.set_num_threads(max(1, num_cores() // place.local_size))
+    if not place.master_addr:
+        return World(place.rank, place.size, device)
+    if "RANK" not in os.environ:
+        os.environ.update(place.variables())  # SLURM's are other ones than those that PyTorch and DeepSpeed read
     try:
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-        host_group = dist.new_group(backend="gloo")
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+        host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as err:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        where = f"{place.master_addr}:{place.master_port}"
         raise RunError(
             f"the ranks do not meet at MASTER_ADDR:MASTER_PORT {where}: {str(err).splitlines()[0]}; "
             "is the port taken, or a rank not started?",
             USAGE,
         ) from None
     assert isinstance(host_group, dist.ProcessGroup)  # of all ranks, so this one is in it
-    return World(rank, size, device, host_group)
-
-
-def _place(env: Mapping[str, str]) -> tuple[int, int, int] | None:
-    """Rank, number of ranks, and rank on this machine, by the launcher's variables; None where there is no launcher."""
-    alone = {"RANK": None, "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    given = [name for name, value in alone.items() if env.get(name) not in (None, value)]
-    if "RANK" not in env and not given:
-        return None
-    launched = "start it by torchrun or deepspeed, or unset it to run alone"
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if not env.get(name):
-            found = f"{name} is {'empty' if name in env else 'not set'}"
-            others = "".join(f", but {other}={env[other]} is" for other in given if other != name)
-            raise RunError(f"{found}{others}; {launched}", USAGE)
-    _number(env, "MASTER_PORT", 0, 1 << 16, "65536")
-    size = _number(env, "WORLD_SIZE", 1)
-    return _number(env, "RANK", 0, size, f"WORLD_SIZE={size}"), size, _number(env, "LOCAL_RANK", 0)
-
-
-def _number(env: Mapping[str, str], name: str, least: int, end: int | None = None, called: str = "") -> int:
-    text = env.get(name, str(least))
-    if not text.isdecimal() or int(text) < least or (end is not None and int(text) >= end):
-        wanted = f"a number from {least} on" if end is None else f"a number below {called}"
-        raise RunError(f"{name}='{text}', wanted {wanted}; launchers set it", USAGE)
-    return int(text)
+    return World(place.rank, place.size, device, host_group)
 
 
 class _Stack(torch.autograd.Function):

@@ -55,10 +55,10 @@ def whole(parameters: Iterable[Tensor], written: bool = False) -> Iterator[None]
         yield
 
 
-def part_of(parameter: nn.Parameter) -> Tensor:
+def part_of(parameter: Tensor) -> Tensor:
     """What this rank holds of a parameter: all of it, or its part, flat."""
     shards: Any = parameter
-    return shards.ds_tensor if is_sharded(parameter) else parameter.data
+    return shards.ds_tensor if is_sharded(parameter) else parameter.detach()
 
 
 def cut(value: Tensor, parameter: nn.Parameter, rank: int) -> Tensor:

@@ -6,20 +6,22 @@ import re
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig, OptimConfig
 from fastbeit.engine import zero_state
 from fastbeit.engine.deepspeed_config import deepspeed_config, zero_section
 from fastbeit.engine.optimizer_state import read_state, write_state
-from fastbeit.engine.ranks import World
+from fastbeit.engine.ranks import TIMEOUT, World
 from fastbeit.engine.sharded import count_weights, shares_weights
 from fastbeit.engine.streamed import Tensors
 from fastbeit.engine.update import clip_and_step
-from fastbeit.errors import USAGE, RunError
+from fastbeit.errors import USAGE, ConfigError, RunError
 
 FLOOR = (0, 19, 4)  # before it gradients were wrong without a word: its issues 7718, 8224, 7985, 7839
 
@@ -55,7 +57,12 @@ class DeepSpeedEngine:
             num_weights=count_weights(model),
             on_cuda=world.device.type == "cuda",
         )
-        self.engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.configuration)
+        try:
+            self.engine, wrapped, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=self.configuration
+            )
+        except (ValidationError, deepspeed.DeepSpeedConfigError, AssertionError) as err:
+            raise ConfigError(f"DeepSpeed refuses its configuration, with engine.deepspeed_config: {err}") from err
         self.optimizer: Any = wrapped  # DeepSpeed's own around it, whose attributes it does not declare
         if self.is_shared:
             zero_state.begin(self.optimizer)
@@ -108,8 +115,8 @@ def import_deepspeed(device: torch.device) -> Any:
     Raises:
         RunError: DeepSpeed is missing, or older than `FLOOR`.
     """
-    # 0.19.8 reads them from the environment alone; SLURM has other names
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # of the groups of ranks that it makes itself, in minutes
+    os.environ.setdefault("DEEPSPEED_TIMEOUT", str(TIMEOUT // timedelta(minutes=1)))
     try:
         import deepspeed
         import deepspeed.ops

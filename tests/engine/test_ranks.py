@@ -136,7 +136,10 @@ def threads_stay():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"WORLD_SIZE": "2"}, "^RANK is not set, but WORLD_SIZE=2 is; start it by torchrun or deepspeed, or unset it"),
+        (
+            {"WORLD_SIZE": "2"},
+            "^RANK is not set, but WORLD_SIZE=2 is; start it by torchrun, deepspeed or srun,",
+        ),
         ({"LOCAL_RANK": "1"}, "^RANK is not set, but LOCAL_RANK=1 is"),
         ({"RANK": "0"}, "^WORLD_SIZE is not set, but RANK=0 is"),
         ({"RANK": ""}, "^RANK is empty; start"),

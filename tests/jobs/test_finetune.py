@@ -46,6 +46,23 @@ def write_photos(folder: Path, num_images: int = 12, names: tuple[str, ...] = CL
     return folder
 
 
+COLOURS = "blue", "green", "red"
+# nothing in the way of learning them: five seeds have a held-out loss of 0.05 to 0.06 after 20 steps, of ln 3 before
+EASY = {
+    "optim__steps": 20, "augment__num_ops": 0, "augment__erase": 0, "augment__mix_prob": 0, "augment__smoothing": 0,
+    "model__drop_path": 0, "log__val_every": 20,
+}  # fmt: skip
+
+
+def write_colours(folder: Path, names: tuple[str, ...] = COLOURS) -> Path:
+    """Class folders, each with images of one colour."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 40), name).save(folder / name / f"{number}.png")
+    return folder
+
+
 def listed(folder: Path, labels: list[int]) -> Path:
     """An index of a text list: an image of each of these numbers as its class."""
     lines = []
@@ -128,13 +145,12 @@ def test_it_begins_with_the_encoder_of_a_run_and_a_fresh_head(tune, pretrained, 
     assert state["classes"] == ["astronaut", "chelsea", "coffee"]
 
 
-def test_it_learns_from_scratch(tune, capfd):
-    code, log, validations = tune(
-        optim__steps=40, augment__num_ops=0, augment__mixup=0, augment__cutmix=0, log__val_every=100, optim__lr=3e-3
-    )
-    # three photos that differ in their colours: an untrained model's loss is 1.1, and a third are right by chance
-    assert code == 0 and losses(log)[-1] < 0.9 and validations[40]["top1"] > 0.5
-    assert validations[40]["top5"] == 1.0
+def test_it_learns_from_scratch(tune, tmp_path, capfd):
+    index = indexed(write_colours(tmp_path / "colours"))
+    code, log, validations = tune(data__index=index, data__val_index=index, **EASY)
+    # six times the loss that was measured
+    assert code == 0 and losses(log)[0] > 1 and validations[20]["loss"] < math.log(3) / 3
+    assert validations[20]["top1"] == validations[20]["top5"] == 1
     assert "start: from scratch" in capfd.readouterr().err
 
 
@@ -295,13 +311,10 @@ def test_other_held_out_images_judge_anew(tune, tmp_path, monkeypatch):
 
 def test_held_out_classes_go_by_their_names(tune, tmp_path):
     """An index of fewer classes numbers them otherwise."""
-    photos = write_photos(tmp_path / "fewer", names=CLASSES[1:], num_images=4)
-    code, _, validations = tune(
-        data__val_index=indexed(photos), optim__steps=60, log__val_every=60, augment__mix_prob=0, augment__num_ops=0,
-        optim__lr=3e-3,
-    )  # fmt: skip
-    # numbers 0 and 1 of that index are classes 1 and 2 of the model; by number nearly all would be wrong
-    assert code == 0 and validations[60]["top1"] > 0.5
+    index, fewer = (indexed(write_colours(tmp_path / names[0], names)) for names in (COLOURS, COLOURS[1:]))
+    code, _, validations = tune(data__index=index, data__val_index=fewer, **EASY)
+    # numbers 0 and 1 of that index are classes 1 and 2 of the model; by number all would be wrong
+    assert code == 0 and validations[20]["top1"] == 1
 
 
 # ---- what it refuses
