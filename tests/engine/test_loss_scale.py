@@ -1,7 +1,5 @@
-"""float16 with a dynamic loss scale: as PyTorch's, on one rank and on two, and through a checkpoint."""
+"""float16 with a dynamic loss scale: as PyTorch's, and through a checkpoint; test_update_on_ranks.py has two ranks."""
 
-import json
-import sys
 from typing import Any
 
 import pytest
@@ -21,7 +19,6 @@ from fastbeit.jobs.pretrain import blank_inputs
 from fastbeit.train.meter import Meter
 from fastbeit.train.optim import make_optimizer
 from helpers.tiny import SETTINGS, tiny_model
-from helpers.waiting import finished
 
 CPU = torch.device("cpu")
 WORLD = World(0, 1, CPU)
@@ -150,55 +147,3 @@ def test_auto_is_what_a_card_is_best_at(monkeypatch: pytest.MonkeyPatch):
 def test_float16_under_deepspeed_is_refused():
     with pytest.raises(ConfigError, match="precision=fp16 has not been tried with DeepSpeed.*; set name=ddp"):
         configure(Config, ["engine.name=deepspeed", "engine.precision=fp16"])
-
-
-SCRIPT = """
-import json, sys
-import torch
-from torch import nn
-from fastbeit.config.sections import EngineConfig
-from fastbeit.engine.ddp import TorchEngine
-from fastbeit.engine.ranks import start_world
-from fastbeit.process import leave
-from helpers.group_step import GroupStep
-
-class Task(nn.Linear):
-    def forward(self, x):
-        return super().forward(x).float().square().sum(), torch.zeros(())
-
-world = start_world(EngineConfig(device="cpu"))
-said = []
-for make in (lambda weights: torch.optim.AdamW(weights, lr=0.1, fused=True),
-             lambda weights: GroupStep([{"params": weights}], lr=0.1)):
-    torch.manual_seed(0)
-    model = Task(4, 2)
-    engine = TorchEngine(model, make([*model.parameters()]), world, torch.float16, 1.0)
-    for step in range(4):
-        x = torch.full((3, 4), world.rank + 1.0)
-        if (step, world.rank) == (1, 1):
-            x[1, 2] = 1e6  # which float16 does not hold
-        before = model.weight.tolist()
-        engine.accumulate((x,), torch.tensor(6e3), True)
-        norm, now = engine.step(), model.weight.tolist()
-        said.append([norm.isfinite().item(), engine.scale.value.item(), engine.overflowed.item(), now == before, now])
-json.dump(said, open(sys.argv[1] + str(world.rank), "w"))
-world.leave()
-leave(0)
-"""
-
-
-def test_an_overflow_on_one_rank_is_one_of_both(tmp_path):
-    """They skip together, and scales and weights stay the same; with PyTorch's AdamW, and with one like apex's."""
-    (tmp_path / "overflow.py").write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = finished([*torchrun, str(tmp_path / "overflow.py"), str(tmp_path / "rank")])
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
-    assert first == second and len(first) == 2 * 4
-    for steps in (first[:4], first[4:]):
-        assert [step[:4] for step in steps] == [
-            [True, 65536.0, False, False],
-            [False, 32768.0, True, True],
-            [True, 32768.0, False, False],
-            [True, 32768.0, False, False],
-        ]
