@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.read import as_saved
 from fastbeit.config.sections import DataConfig, KernelsConfig
 from fastbeit.data.index.reader import Index
 from fastbeit.errors import CHECKPOINT_UNUSABLE, RunError
-from fastbeit.evaluate.finished_run import Moved, check_run, index_of, settings_of, trained_index
+from fastbeit.evaluate.finished_run import Moved, check_run, index_of, kept_weights, settings_of, trained_index
 from fastbeit.model.classify import Classifier, make_classifier
 from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
-from fastbeit.train.ema import PREFIX
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def open_finetuning(run: Path, moved: Moved | None = None) -> Finetuned:
     plain = config.model_copy(update={"kernels": KernelsConfig(backend="reference")})
     model, moved = make_classifier(plain, len(classes)), moved or Moved()
     try:
-        model.load_state_dict(_kept(load_model(checkpoint)))
+        model.load_state_dict(kept_weights(load_model(checkpoint)))
     except RuntimeError as err:
         problem = str(err).splitlines()[0]
         raise RunError(f"'{checkpoint}' does not fit the run's model: {problem}", CHECKPOINT_UNUSABLE) from err
@@ -83,9 +81,3 @@ def open_finetuning(run: Path, moved: Moved | None = None) -> Finetuned:
         index=trained_index(run, moved, config.data.index, state),
         val_index=index_of(run, "val_index", moved.val_index, config.data.val_index) if has_val_index else None,
     )
-
-
-def _kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The averaged weights where there are, as validation sees them."""
-    averaged = {name.removeprefix(PREFIX): one for name, one in weights.items() if name.startswith(PREFIX)}
-    return averaged or weights

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import as_saved, read_saved
@@ -21,6 +22,7 @@ from fastbeit.model.kernels import chosen_kernels
 from fastbeit.tokenizer.disk import bundled_path, load_tokenizer
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.train.checkpoint import load_model, load_state, resolve_checkpoint
+from fastbeit.train.ema import PREFIX
 from fastbeit.train.stop import Stop
 
 UNREADABLE = ConfigError, OSError, ValueError, RecursionError  # a config.yaml that is not there, or damaged
@@ -99,7 +101,7 @@ def open_run(run: Path, moved: Moved | None = None) -> Trained:
     config = chosen_kernels(free, num_outputs(config, vocab_size), world).config
     model = make_beit(config, vocab_size)
     try:
-        model.load_state_dict(load_model(checkpoint))
+        model.load_state_dict(kept_weights(load_model(checkpoint)))
     except RuntimeError as err:
         problem = str(err).splitlines()[0]
         raise RunError(f"'{checkpoint}' does not fit the run's model: {problem}", CHECKPOINT_UNUSABLE) from err
@@ -113,6 +115,12 @@ def open_run(run: Path, moved: Moved | None = None) -> Trained:
         index=index,
         val_index=index_of(run, "val_index", moved.val_index, config.data.val_index) if has_val_index else None,
     )
+
+
+def kept_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a checkpoint's weights the average where there is one, as validation sees it."""
+    averaged = {name.removeprefix(PREFIX): one for name, one in weights.items() if name.startswith(PREFIX)}
+    return averaged or weights
 
 
 def _tokenizer_of(config: Config, state: dict[str, Any], moved: Moved, device: torch.device) -> Tokenizer:

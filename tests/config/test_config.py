@@ -115,6 +115,11 @@ def test_overrides_lie_over_the_file_and_the_result_reads_back(write, tmp_path):
         ("optim.steps=" + "9" * 9999, "optim.steps: wanted a whole number"),
         ("optim.lr=1e999", "optim.lr: wanted a finite number; got inf"),
         ("model.absolute_position=maybe", "model.absolute_position: wanted true or false; got 'maybe'"),
+        (
+            "optim.name=lion",
+            "optim.name: wanted 'adamw', 'apex_adam', 'apex_lamb', 'ds_cpu_adam' or 'muon'; got 'lion'",
+        ),
+        ("optim.name=ds_cpu_adam", "set engine.device=cpu, or engine.name=deepspeed engine.offload=optimizer"),
         ("mask=random #b", "got 'random #b'"),
         ("masking.ratio=0", "masking.ratio: wanted more than 0"),
         ("masking.num_masked=", "masking: neither num_masked nor ratio is set"),
@@ -126,6 +131,39 @@ def test_a_wrong_value_is_explained_in_one_line(write, override, message):
         load_config(write("{}"), [override])
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("model", [Config, FinetuneConfig])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("muon", "optim.name=muon wants whole matrices, and DeepSpeed ZeRO cuts them into pieces; set engine.name"),
+        ("apex_lamb", "optim.name=apex_lamb wants whole matrices"),
+        (
+            "apex_adam",
+            "optim.name=apex_adam has not been tried with DeepSpeed; set engine.name=ddp, or optim.name=adamw",
+        ),
+        ("ds_cpu_adam", "optim.name=ds_cpu_adam updates weights that lie in the host's memory"),
+    ],
+)
+def test_optimizers_that_do_not_fit_an_engine_are_refused(model, name, message):
+    chosen = f"optim.name={name}"
+    with pytest.raises(ConfigError, match=message):
+        configure(model, [chosen, "engine.name=deepspeed"])
+    offloaded = [chosen, "engine.name=deepspeed", "engine.offload=optimizer"]
+    if name == "ds_cpu_adam":
+        assert configure(model, offloaded) and configure(model, [chosen, "engine.device=cpu"])
+    else:
+        assert configure(model, [chosen])
+        with pytest.raises(ConfigError, match=message):
+            configure(model, offloaded)
+
+
+def test_a_tokenizer_takes_any_optimizer_but_muon():
+    optim = configure(TokenizerTrainConfig, ["optim.name=apex_adam"]).optim.whole
+    assert (optim.name, optim.weight_decay) == ("apex_adam", 1e-4)
+    with pytest.raises(ConfigError, match="optim.name=muon is for the matrices of a transformer's blocks, and a token"):
+        configure(TokenizerTrainConfig, ["optim.name=muon"])
 
 
 # what a file can hold beside a config: each must end in a message, and nothing may run

@@ -5,21 +5,24 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
 
+from fastbeit.config.pretrain import Config
 from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.index.scan import build_index
 from fastbeit.files import sha256
+from fastbeit.model.beit import Beit, make_beit
 from fastbeit.tokenizer.disk import save_tokenizer
 from fastbeit.tokenizer.dvae import Decoder, Encoder, to_mapped
 from helpers.waiting import finished
 
 PHOTOS = "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "data": {"image_size": 32, "tail": "wrap", "num_workers": 0},
     "masking": {"num_masked": 6, "min_block": 2},
     "model": {"width": 32, "depth": 2, "num_heads": 2, "mlp_width": 64, "patch_size": 8, "drop_path": 0.2},
@@ -64,6 +67,12 @@ def make_tokenizer(folder: Path, seed: int) -> Path:
         encoder.get_parameter("blocks.output.conv.b").sub_(logits.mean((0, 2, 3)))
     save_tokenizer(folder, encoder, Decoder(architecture))
     return folder
+
+
+def tiny_model(**model: Any) -> Beit:
+    """That of `SETTINGS`, but for some settings of the model; initialised alike each time."""
+    torch.manual_seed(0)
+    return make_beit(Config.model_validate({**SETTINGS, "model": {**SETTINGS["model"], **model}}), vocab_size=32)
 
 
 def write_config(path: Path) -> Path:

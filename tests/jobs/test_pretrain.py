@@ -15,9 +15,12 @@ from fastbeit.config.read import load_config
 from fastbeit.config.sections import Kernels, KernelsConfig
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.plans import Plans
+from fastbeit.engine import loss_scale
 from fastbeit.errors import ConfigError, DataError, RunError
+from fastbeit.evaluate.finished_run import open_run
 from fastbeit.jobs.pretrain import pretrain
 from fastbeit.train.checkpoint import load_model, load_optimizer, resolve_checkpoint
+from fastbeit.weights.models import read_model
 from fastbeit_kernels.backend import INTERPRETED
 from helpers.tiny import make_parts, make_photos, make_tokenizer, run, write_config
 from helpers.waiting import PATIENCE_S, started, wait_until
@@ -89,16 +92,27 @@ def test_steps_without_a_label_are_said_and_stop_a_run(train, monkeypatch, capfd
     assert "WARNING: 1 step since the last line had nothing to predict" in capfd.readouterr().err
 
 
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(train, tmp_path):
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"optim__name": "muon"}, {"engine__precision": "fp16"}, {"optim__ema_decay": 0.5}],
+    ids=["adamw", "muon", "fp16", "average"],
+)
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(train, tmp_path, monkeypatch, overrides):
     """Step, samples, crops, masks, drop path, moments and learning rate all resume: bit by bit the same weights."""
-    _, whole = train("whole", optim__steps=6, log__save_every=4)
-    train("parts", optim__steps=6, log__save_every=4)
+    # in float16 so large that it is halved before the checkpoint, where a training usually has it after hours
+    monkeypatch.setattr(loss_scale, "FIRST", 2.0**24)
+    _, whole = train("whole", optim__steps=6, log__save_every=4, **overrides)
+    train("parts", optim__steps=6, log__save_every=4, **overrides)
     # what a kill after step 5 leaves: the checkpoint of step 4, and a line too many in the log
     checkpoints = tmp_path / "parts/checkpoints"
     (checkpoints / "step-000006").rename(tmp_path / "gone")
-    _, resumed = train("parts", optim__steps=6, log__save_every=4)
+    _, resumed = train("parts", optim__steps=6, log__save_every=4, **overrides)
     assert losses(resumed) == losses(whole)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    state = load_optimizer(resolve_checkpoint(tmp_path / "parts"))
+    momentum = {name.removeprefix("momentum_buffer.") for name in state if name.startswith("momentum_buffer.")}
+    assert ("blocks.0.attn.qkv.weight" in momentum) == ("optim__name" in overrides)
+    assert ("loss_scale" in state and state["loss_scale"].item() <= 2**20) == ("engine__precision" in overrides)
 
 
 def test_a_truncated_checkpoint_costs_the_steps_since_the_one_before(train, tmp_path, capfd):
@@ -134,6 +148,8 @@ def test_micro_batches_change_nothing_but_rounding(train):
         {"data__pipeline": "dali"},
         {"optim__weight_decay": 0, "optim__clip_grad": 0},
         {"engine__precision": "bf16"},
+        {"engine__precision": "fp16"},
+        {"optim__name": "muon"},
         {"data__num_crops": 2},
     ],
     ids=str,
@@ -151,6 +167,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_weights_whole(train, t
     assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())
 
 
+def test_a_loss_scale_that_is_still_too_large_stops_no_run(train, monkeypatch):
+    """It is halved in each step; once there is nothing left to halve, a gradient that is not finite does."""
+    monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
+    code, log = train(engine__precision="fp16", optim__steps=7)
+    assert code == 0 and (log[7]["skipped_steps"], log[7]["skipped_in_a_row"]) == (7, 0)
+    monkeypatch.setattr(loss_scale, "FIRST", 2.0)
+    with pytest.raises(RunError, match="not finite in the last 5 steps up to step 8"):
+        train("lost", engine__precision="fp16", optim__lr="1e30", optim__warmup_steps=0, optim__steps=50)
+
+
+def test_a_run_with_averaged_weights_is_asked_for_them(train, tmp_path):
+    """By what opens a finished run, and by whatever reads the weights of a model."""
+    train(optim__ema_decay=0.5, optim__steps=3)
+    weights = load_model(resolve_checkpoint(tmp_path / "run"))
+    average = {name.removeprefix("average."): one for name, one in weights.items() if name.startswith("average.")}
+    opened, read = open_run(tmp_path / "run").model.state_dict(), read_model(tmp_path / "run").tensors
+    assert set(average) == set(opened) and "blocks.0.mlp.fc1.weight" in read
+    for name in ("blocks.0.mlp.fc1.weight", "norm.weight"):
+        assert torch.equal(opened[name], average[name]) and torch.equal(read[name], average[name])
+        assert not torch.equal(weights[name], average[name])
+
+
 def test_a_run_that_fails_ends_with_its_workers(parts, tmp_path):
     """A decoding process that outlived the loop would keep the command from ending."""
     settings = [f"{key}={value}" for key, value in parts.items() if key != "config"]
@@ -164,6 +202,8 @@ def test_an_out_of_another_run_is_refused(train, tmp_path):
     with pytest.raises(RunError, match="optim.lr was 0.01, now 0.02") as caught:
         train(optim__lr=0.02)
     assert caught.value.exit_code == 2
+    with pytest.raises(RunError, match="optim.name was adamw, now muon"):
+        train(optim__name="muon")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to_mother.txt").write_text("dear")
     with pytest.raises(RunError, match="not empty and holds no fastbeit run"):
