@@ -3,7 +3,7 @@
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,7 +69,8 @@ def fitting_accumulate(
     if kept and not changes:
         return fit(kept["accumulate"], kept=kept, line=f"{_chosen(images, kept['accumulate'])}, as before")
     torch.cuda.empty_cache()
-    room, footprint = _room(model, world.device), rehearsal.footprint
+    # an average of the weights is there already, and not in the room
+    room, footprint = _room(model, world.device), replace(rehearsal.footprint, average=0)
 
     def try_step(num_images: int) -> int | None:
         return dry_step(model, rehearsal, num_images, compute_dtype(engine, world.device))
