@@ -1,7 +1,7 @@
 """How micro-batches are chosen: by the formula, then by a dry step that leaves no trace; alike on all ranks."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -162,6 +162,13 @@ def test_auto_keeps_a_reserve_and_says_what_it_found(card):
     )
     assert "checkpoint_blocks" not in found.line and "\n" not in found.line
     assert fit(card(34 * GIB - 1), Toy(64)).accumulate == 4
+
+
+def test_an_average_of_the_weights_is_there_already(card):
+    """So what is free is without it, and it is not counted again."""
+    rehearsal = Rehearsal(replace(footprint_of(GIB), average=9 * GIB), lambda num_images: (torch.ones(num_images, 4),))
+    found = fitting_accumulate(OptimConfig(batch_size=64), ENGINE, rehearsal, Toy(64), card(35 * GIB), None)
+    assert found.accumulate == 2 and found.figures["predicted_mib"] == pytest.approx(32 * 1024, rel=1e-3)
 
 
 def test_small_micro_batches_have_a_hint(card):
