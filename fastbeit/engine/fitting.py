@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig, OptimConfig
+from fastbeit.engine.choices import row_of
 from fastbeit.engine.memory import RESERVE, SMALL, Footprint, fewest
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World
@@ -198,7 +199,7 @@ def _basis(engine: EngineConfig, world: World) -> dict[str, Any]:
         "card_mib": min(world.gather([total])),
         "num_ranks": world.size,
         "precision": str(compute_dtype(engine, world.device)).removeprefix("torch."),
-        "deepspeed": engine.name == "deepspeed",
+        "deepspeed": engine.name == "deepspeed" and row_of(engine),
         "checkpoint_blocks": engine.checkpoint_blocks,
     }
 

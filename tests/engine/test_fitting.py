@@ -186,6 +186,10 @@ def test_a_choice_is_kept_on_the_same_card_and_made_anew_on_another(card):
     assert other.accumulate == 1 and "chosen anew, for card_mib was 40960, now 81920" in other.line
     changed = fit(card(39 * GIB), Toy(64), kept=kept, engine=EngineConfig(precision="bf16"))
     assert changed.accumulate == 2 and "precision was float32, now bfloat16" in changed.line
+    stages = [EngineConfig(precision="fp32", name="deepspeed", zero_stage=stage) for stage in (1, 2)]
+    shared = fit(card(39 * GIB), Toy(64), engine=stages[0]).kept
+    further = fit(card(39 * GIB), Toy(64), kept=shared, engine=stages[1])
+    assert further.line.endswith("deepspeed was ZeRO-1, now ZeRO-2")
 
 
 def test_a_card_without_room_is_said_in_one_line(card):
