@@ -3,13 +3,15 @@
 Deterministic, on any device, and on tensors that have no memory (meta, FakeTensor); temporaries within a PyTorch
 operation are not seen.
 
-    python -m benchmarks.memory --plan CONFIG [--classes C] [--ranks N]     what optim.accumulate=auto would choose
+    python -m benchmarks.memory --plan CONFIG [--classes C] [--ranks N] [--cards GB ...]
+
+says what optim.accumulate=auto would choose, with the engine that CONFIG asks for.
 """
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -187,7 +189,7 @@ def _replace(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> None:
             setattr(module, name, fake(buffer))
 
 
-def plan(config: VitConfig, num_ranks: int, num_classes: int) -> str:
+def plan(config: VitConfig, num_ranks: int, num_classes: int, cards_gb: Sequence[int] = CARDS_GB) -> str:
     """Micro-batches and peaks for bf16 on CUDA, one rank a card, in the lines of a config's header."""
     images = config.optim.batch_size // num_ranks
     down, across = config.grid
@@ -196,12 +198,14 @@ def plan(config: VitConfig, num_ranks: int, num_classes: int) -> str:
     )
     found = footprint(config, num_outputs=outputs, token_size=view, num_ranks=num_ranks, itemsize=2)
     lines = [f"Memory, predicted for {num_ranks} rank(s) with {images} images each, a rank a card:"]
-    for card in CARDS_GB:
+    for card in cards_gb:
         room = expected_room(card)
         count = fewest(images, found, room)
         peak = found.peak(images // count)
         fits = f"peak {peak / 2**30:.1f} GiB" if peak <= room else f"does not fit: {peak / 2**30:.1f} GiB"
         lines.append(f"  {card} GB: {count} micro-batch(es) of {images // count}, {fits}")
+    if found.host:
+        lines.append(f"  in the host's memory: {found.host / 2**30:.1f} GiB a rank; page-locked, up to twice as much")
     return "\n".join(f"# {line}" for line in lines)
 
 
@@ -210,9 +214,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plan", required=True, metavar="CONFIG", help="as for `fastbeit pretrain` or `finetune`")
     parser.add_argument("--classes", type=int, metavar="C", help="that CONFIG fine-tunes to; else it pre-trains")
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="one a card (8)")
+    parser.add_argument(
+        "--cards", type=int, nargs="+", default=CARDS_GB, metavar="GB", help="memory of each (24 40 80)"
+    )
     args = parser.parse_args(argv)
     config = load_config(args.plan, [], FinetuneConfig if args.classes else Config)
-    print(plan(config, args.ranks, args.classes))
+    print(plan(config, args.ranks, args.classes, args.cards))
     return 0
 
 

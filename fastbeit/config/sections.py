@@ -469,6 +469,17 @@ class LogConfig(Section):
     keep: Count = Field(
         default=3, description="checkpoints kept, newest first, of those that verify; the one that was resumed from too"
     )
+    wandb: str = Field(
+        default="",
+        max_length=128,
+        description="project of Weights & Biases that figures, pictures and settings go to; empty: nothing is sent",
+    )
+
+    @model_validator(mode="after")
+    def _wandb_is_a_name(self) -> "LogConfig":
+        if wrong := sorted(set(self.wandb) & set("/\\#?%:")):
+            raise ValueError(f"wandb wants a project's name, without {' '.join(wrong)}; got '{self.wandb}'")
+        return self
 
 
 class PretrainLogConfig(LogConfig):

@@ -2,7 +2,7 @@
 
 Data sheets of NVIDIA, dense rates (half of what they print "with sparsity"), SXM models where there are several kinds:
 "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "HGX B200" (an eighth of it); white papers
-"Ampere GA102 GPU Architecture" (RTX 3090) and "Ada GPU Architecture" (RTX 4090), bf16 with sums in float32.
+"Ampere GA102 GPU Architecture" (RTX 3090) and "Ada GPU Architecture" (RTX 4080, 4090), bf16 with sums in float32.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastbeit.errors import ConfigError
 
 # bytes/s one way; the data sheets print both ways together
-PCIE_4 = 32e9
+PCIE_4, PCIE_5 = 32e9, 64e9
 # bytes/s a card to other nodes. Assumptions: the adapters of NVIDIA's DGX, one a card (DGX A100: 200 Gb/s, DGX H100,
 # H200 and B200: 400 Gb/s); for GeForce cards one adapter of 100 Gb/s for eight
 NET_400, NET_200, NET_SHARED = 50e9, 25e9, 12.5e9 / 8
@@ -39,6 +39,7 @@ class Card:
     peak: float  # FLOP/s of bf16
     bandwidth: float  # bytes/s of its memory
     link: float  # bytes/s one way, to the other cards of its node: NVLink, or PCIe
+    to_host: float  # bytes/s one way, to the memory of its host
     network: float  # bytes/s, to other nodes
     shares: Shares = AS_H100
 
@@ -54,13 +55,14 @@ class Card:
 
 
 CARDS = {
-    "rtx3090": Card("RTX 3090", 24, 71e12, 936e9, PCIE_4, NET_SHARED),
-    "rtx4090": Card("RTX 4090", 24, 165.2e12, 1008e9, PCIE_4, NET_SHARED),
-    "a100-40gb": Card("A100 40GB", 40, 312e12, 1555e9, 300e9, NET_200, OF_A100),
-    "a100-80gb": Card("A100 80GB", 80, 312e12, 2039e9, 300e9, NET_200, OF_A100),
-    "h100": Card("H100", 80, 989e12, 3350e9, 450e9, NET_400, OF_H100),
-    "h200": Card("H200", 141, 989e12, 4800e9, 450e9, NET_400),
-    "b200": Card("B200", 180, 2250e12, 8000e9, 900e9, NET_400),
+    "rtx4080": Card("RTX 4080", 16, 97.5e12, 716.8e9, PCIE_4, PCIE_4, NET_SHARED),
+    "rtx3090": Card("RTX 3090", 24, 71e12, 936e9, PCIE_4, PCIE_4, NET_SHARED),
+    "rtx4090": Card("RTX 4090", 24, 165.2e12, 1008e9, PCIE_4, PCIE_4, NET_SHARED),
+    "a100-40gb": Card("A100 40GB", 40, 312e12, 1555e9, 300e9, PCIE_4, NET_200, OF_A100),
+    "a100-80gb": Card("A100 80GB", 80, 312e12, 2039e9, 300e9, PCIE_4, NET_200, OF_A100),
+    "h100": Card("H100", 80, 989e12, 3350e9, 450e9, PCIE_5, NET_400, OF_H100),
+    "h200": Card("H200", 141, 989e12, 4800e9, 450e9, PCIE_5, NET_400),
+    "b200": Card("B200", 180, 2250e12, 8000e9, 900e9, PCIE_5, NET_400),
 }
 
 

@@ -3,17 +3,18 @@
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbeit.config.sections import EngineConfig, OptimConfig
+from fastbeit.engine.choices import row_of
 from fastbeit.engine.memory import RESERVE, SMALL, Footprint, fewest
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World
-from fastbeit.engine.sharded import shares_weights
+from fastbeit.engine.sharded import part_of, shares_weights
 from fastbeit.errors import RunError
 from fastbeit.plural import counted
 
@@ -70,7 +71,8 @@ def fitting_accumulate(
     if kept and not changes:
         return fit(kept["accumulate"], kept=kept, line=f"{_chosen(images, kept['accumulate'])}, as before")
     torch.cuda.empty_cache()
-    room, footprint = _room(model, world.device), rehearsal.footprint
+    # an average of the weights is there already, and not in the room
+    room, footprint = _room(model, world.device), replace(rehearsal.footprint, average=0)
     if shares_weights(engine):
         # a model whose weights are shared out runs under DeepSpeed alone, which counts the micro-batches
         accumulate = max(world.gather([fewest(images, footprint, room)]))
@@ -205,7 +207,7 @@ def _basis(engine: EngineConfig, world: World) -> dict[str, Any]:
         "card_mib": min(world.gather([total])),
         "num_ranks": world.size,
         "precision": str(compute_dtype(engine, world.device)).removeprefix("torch."),
-        "zero": f"{engine.zero_stage}, offload {engine.offload}" if engine.name == "deepspeed" else "",
+        "deepspeed": engine.name == "deepspeed" and row_of(engine),
         "checkpoint_blocks": engine.checkpoint_blocks,
     }
 
@@ -224,7 +226,7 @@ def _room(model: nn.Module, device: torch.device) -> int:
 
 
 def _bytes_of(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return sum(tensor.nbytes for tensor in (*map(part_of, model.parameters()), *model.buffers()))
 
 
 def _gib(num_bytes: int) -> str:

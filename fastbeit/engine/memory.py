@@ -2,7 +2,8 @@
 
     peak = static + micro-batch * (saved + temporary)
 
-static: weights, gradients, moments, buckets, batches. saved: what the forward of an image leaves to the backward.
+static: weights, their average, gradients, moments, buckets, batches; of these ZeRO shares out some, and moves some to
+the host (zero_memory.py). saved: what the forward of an image leaves to the backward.
 temporary: the most that the backward of an image has beside it. Letters as in model/vit.py; b bytes a value in
 `engine.precision`. A block, run eagerly, saves of each token (a compiled one saves less):
 
@@ -14,16 +15,15 @@ after its attention with the M slots alone. What is saved is counted in tests/en
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fastbeit.config.finetune import VitConfig
 from fastbeit.config.sections import Size
+from fastbeit.engine.zero_memory import WEIGHT_BYTES, Held, held
 
-WEIGHT_BYTES = 4  # weights, gradients and each of AdamW's two moments are float32
 BATCHES = 2  # on the device: the next is copied during a step
 WORKSPACE_BYTES = 64 * 2**20  # that cuBLAS takes on Hopper, on older cards less
 BIAS_ALIGNMENT = 16  # values that a row of the relative-position bias is padded to
-ZERO_BUCKET_BYTES = 4 * 500_000_000  # DeepSpeed's default, whatever the model; one for each dtype of its gradients
 RESERVE = 0.05  # of the card: what the allocator cannot join, and what the frozen tokenizer leaves in its cache
 # of a card's memory: what the driver keeps for itself, the CUDA context, and OpenAI's tokenizer; estimates
 USABLE, TAKEN_BYTES = 0.98, 2**30
@@ -32,19 +32,21 @@ SMALL = 32  # images a micro-batch; with fewer, recomputing blocks may cost less
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one rank's device."""
+    """Bytes on one rank's device, but `host`."""
 
-    weights: int
+    weights: int  # with ZeRO-3 this rank's share, and those that are gathered
     gradients: int
-    optimizer: int  # moments; with ZeRO-1 this rank's share, its master weights and DeepSpeed's buckets too
+    optimizer: int  # moments; with ZeRO this rank's share, its master weights and DeepSpeed's buckets too
     batches: int
     workspace: int  # of the loss, the bias and cuBLAS, and the weights in the precision of products
     saved: int  # an image of a micro-batch
     temporary: int  # likewise
+    average: int = 0  # of weights, where one is kept
+    host: int = 0  # of this rank, in the host's memory: what ZeRO offloads
 
     @property
     def static(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.batches + self.workspace
+        return self.weights + self.average + self.gradients + self.optimizer + self.batches + self.workspace
 
     @property
     def absent(self) -> int:
@@ -66,15 +68,17 @@ def footprint(
         itemsize: b, 2 or 4.
     """
     num_weights = count_weights(config, num_outputs)
-    weights = WEIGHT_BYTES * num_weights
+    rank = _held(config, num_weights, num_outputs, num_ranks, itemsize)
     return Footprint(
-        weights=weights,
-        gradients=weights,
-        optimizer=_optimizer(config, weights, num_ranks, itemsize),
+        weights=rank.weights,
+        gradients=rank.gradients,
+        optimizer=rank.optimizer,
         batches=BATCHES * config.optim.batch_size // num_ranks * _batch_bytes(config, token_size),
         workspace=_workspace(config, num_weights, num_outputs, itemsize),
         saved=_saved(config, itemsize),
         temporary=max(_temporary(config, itemsize), _logits(config, num_outputs, itemsize)),
+        average=_average(config, WEIGHT_BYTES * num_weights, num_ranks),
+        host=rank.host,
     )
 
 
@@ -87,17 +91,6 @@ def fewest(images: int, footprint: Footprint, room: int) -> int:
     """The least number of micro-batches whose predicted peak has room; as many as images where none has."""
     counts = [count for count in range(1, images + 1) if images % count == 0]
     return next((count for count in counts if footprint.peak(images // count) <= room), images)
-
-
-def shared_further(zero_1: Footprint, stage: int, num_ranks: int) -> Footprint:
-    """What ZeRO-1 would take as stage 2, which shares gradients too, or 3, which also shares weights.
-
-    No engine of ours does it: a formula alone. Of stage 3 the block is left out whose weights are gathered.
-    """
-    share = zero_1.weights // num_ranks
-    # ZeRO-1's share of the sum of gradients is the gradients of stage 2
-    found = replace(zero_1, gradients=share, optimizer=zero_1.optimizer - share)
-    return replace(found, weights=share) if stage == 3 else found
 
 
 def count_weights(config: VitConfig, num_outputs: int) -> int:
@@ -113,11 +106,34 @@ def count_weights(config: VitConfig, num_outputs: int) -> int:
     return model.depth * block + tables * table + ends
 
 
-def _optimizer(config: VitConfig, weights: int, num_ranks: int, itemsize: int) -> int:
+def _held(config: VitConfig, num_weights: int, num_outputs: int, num_ranks: int, itemsize: int) -> Held:
+    """What there is of the weights on a rank, without their average."""
+    num_moments = _num_moments(config, num_weights)
     if config.engine.name != "deepspeed":
-        return 2 * weights  # DDP's buckets are the gradients
-    # master weights, two moments and this rank's sum of gradients; read in DeepSpeed 0.19.8, not measured
-    return 4 * weights // num_ranks + (2 if itemsize < 4 else 1) * ZERO_BUCKET_BYTES
+        # DDP's buckets are the gradients
+        return Held(WEIGHT_BYTES * num_weights, WEIGHT_BYTES * num_weights, WEIGHT_BYTES * num_moments, 0)
+    return held(
+        config.engine,
+        num_weights=num_weights,
+        num_moments=num_moments,
+        largest=config.model.width * max(num_outputs, config.model.mlp_width),
+        num_ranks=num_ranks,
+        itemsize=itemsize,
+    )
+
+
+def _num_moments(config: VitConfig, num_weights: int) -> int:
+    """Two a weight; Muon has one of the blocks' matrices."""
+    D, F = config.model.width, config.model.mlp_width
+    is_muon = getattr(config.optim, "name", "adamw") == "muon"
+    return 2 * num_weights - is_muon * config.model.depth * (4 * D * D + 2 * D * F)
+
+
+def _average(config: VitConfig, weights: int, num_ranks: int) -> int:
+    if getattr(config.optim, "ema_decay", None) is None:
+        return 0
+    is_shared = config.engine.name == "deepspeed" and config.engine.zero_stage == 3
+    return weights // num_ranks if is_shared else weights
 
 
 def _batch_bytes(config: VitConfig, token_size: Size | None) -> int:

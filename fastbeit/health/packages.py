@@ -34,6 +34,7 @@ HOW_TO_GET = {
     "nvidia.dali": f"pip install 'nvidia-dali-cuda{'120' if (torch.version.cuda or '').startswith('12') else '130'}"
     ">=2.2'; without it data.pipeline=torch decodes",
     "apex": "nothing to do: only optim.name=apex_adam and apex_lamb want it",
+    "wandb": "pip install wandb; only log.wandb wants it",
     "simplejpeg": "pip install 'simplejpeg>=1.8'",
     "numpy": "pip install 'numpy>=1.26'",
     "safetensors": "pip install 'safetensors>=0.5'",
@@ -100,6 +101,10 @@ def _deepspeed(module: Any, config: Config, device: torch.device) -> Wrong | Non
     return "a compilation that was killed left a lock, on which DeepSpeed waits for ever", f"delete {locks}"
 
 
+def _wandb(module: Any, config: Config, device: torch.device) -> Wrong | None:
+    return None if hasattr(module, "init") else ("a folder of this name, as wandb makes them, is no package", "")
+
+
 def extensions_folder() -> Path:
     """Where PyTorch, and DeepSpeed through it, compiles extensions."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -115,6 +120,7 @@ LOOKS: dict[str, Callable[[Any, Config, torch.device], Wrong | None]] = {
     "xformers": _xformers,
     "nvidia.dali": _dali,
     "deepspeed": _deepspeed,
+    "wandb": _wandb,
 }
 
 

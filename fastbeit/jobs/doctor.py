@@ -119,6 +119,8 @@ def asked_by_name(config: Config) -> dict[str, str]:
         asked["CUDA"] = "engine.device=cuda"
     if config.engine.name == "deepspeed":
         asked["deepspeed"] = "engine.name=deepspeed"
+    if config.log.wandb:
+        asked["wandb"] = f"log.wandb={config.log.wandb}"
     if config.data.pipeline == "dali":
         asked["nvidia.dali"] = "data.pipeline=dali"
     for op, backend in kernels.by_op.implementations.items():

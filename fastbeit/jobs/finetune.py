@@ -43,6 +43,7 @@ from fastbeit.train.loop import Look, Reading, check_batch, train
 from fastbeit.train.pipeline import settle_pipeline
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop
+from fastbeit.train.wandb_board import check_wandb
 from fastbeit.weights.start import Start, lines_of, missing_init, start_of
 
 FEWEST = 2  # classes that there is something to tell apart
@@ -61,6 +62,7 @@ def finetune(config: FinetuneConfig, command: list[str]) -> int:
         RunError: bad config, data, weights or checkpoint; the message says what to do.
     """
     _check_paths(config)
+    check_wandb(config.log)
     out, checkpoints = Path(config.out), Path(config.out) / "checkpoints"
     world = start_world(config.engine)
     check_batch(config.optim, world)

@@ -5,14 +5,23 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Size
-from fastbeit.config.tokenizer import Architecture
 from fastbeit.data.epochs import steps_per_epoch
 from fastbeit.engine.cards import Card, card_of
-from fastbeit.engine.forecast import BACKWARD, LINK_SHARE, RECOMPUTE_TIME, StepTime, exchange_ms, step_ms
+from fastbeit.engine.choices import DVAE, Fitted, choices, fit, footprint_of, num_outputs, row_of, token_size
+from fastbeit.engine.forecast import (
+    HOST_MEMORY,
+    LINK_SHARE,
+    RECOMPUTE_TIME,
+    StepTime,
+    exchange_ms,
+    exchange_passes,
+    offload_ms,
+    overlap_ms,
+    step_ms,
+)
 from fastbeit.engine.measured import (
     HOST_MS,
     LARGE_PHOTOS,
@@ -23,25 +32,15 @@ from fastbeit.engine.measured import (
     TOKENIZED_VIEW,
     measured_step,
 )
-from fastbeit.engine.memory import (
-    SMALL,
-    WEIGHT_BYTES,
-    Footprint,
-    count_weights,
-    expected_room,
-    fewest,
-    footprint,
-    shared_further,
-)
+from fastbeit.engine.memory import SMALL, WEIGHT_BYTES, count_weights, expected_room
 from fastbeit.engine.work import step_flops, tokenizer_flops
 from fastbeit.errors import ConfigError, writing
 from fastbeit.files import write_whole
 from fastbeit.plural import counted
 
-DVAE = Architecture()  # OpenAI's, of the paper
 NUM_CROPS = 8  # of a token cache, where the config has none
 TOKEN_BYTES = 2
-KB = 1024
+KB, GIB = 1024, 2**30
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,6 @@ class Machine:
     @property
     def on_node(self) -> int:
         return min(self.gpus, self.gpus_per_node)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """How a step lies in the memory of a card."""
-
-    engine: str
-    built: bool
-    footprint: Footprint
-    accumulate: int
-    micro_batch: int
-    peak_bytes: int
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -137,23 +123,19 @@ def plan(config: Config, machine: Machine, json_file: Path | None) -> str:
 
 def make_plan(config: Config, machine: Machine) -> Plan:
     _check(config, machine)
-    optim, num_outputs = config.optim, _num_outputs(config)
+    optim, outputs = config.optim, num_outputs(config)
     per_epoch = steps_per_epoch(machine.images, optim.batch_size, config.data.tail)
     num_steps = optim.steps or optim.epochs * per_epoch
-    engines = [*_engines(config, machine)]
-    step = engines[1 if config.engine.name == "deepspeed" else 0]
-    view = _token_size(config)
+    engines = choices(config, machine.card, machine.gpus)
+    step = next(one for one in engines if one.engine == row_of(config.engine))
+    view = token_size(config)
     tokens_per_s, tokenizer = _tokenizing(machine.card, view) if view else (math.inf, "")
     compute_ms, host_ms, compute = _computing(config, machine, step)
-    exchange = exchange_ms(
-        machine.card, machine.gpus, machine.gpus_per_node, WEIGHT_BYTES * count_weights(config, num_outputs)
-    )
-    window = 0.0 if step.engine == "ZeRO-1" else BACKWARD * compute_ms / step.accumulate
     sources = {"tokens on the fly": tokens_per_s, "stored tokens": math.inf} if view else {"pixels": math.inf}
     runs = {}
     for source, rate in sources.items():
         tokenizer_ms = 1e3 * optim.batch_size / machine.gpus / rate
-        time = StepTime(compute_ms, tokenizer_ms, host_ms, exchange, window)
+        time = StepTime(compute_ms, tokenizer_ms, host_ms, *_exchanging(config, machine, step, compute_ms))
         runs[source] = _run(config, machine, time, num_steps, "two views" if tokenizer_ms else "one view")
     return Plan(
         machine=machine,
@@ -161,9 +143,9 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         batch_size=optim.batch_size,
         num_steps=num_steps,
         epochs=num_steps / per_epoch,
-        parameters=count_weights(config, num_outputs),
-        flops=step_flops(config, num_outputs),
-        flops_authors=step_flops(config, num_outputs, authors=True),
+        parameters=count_weights(config, outputs),
+        flops=step_flops(config, outputs),
+        flops_authors=step_flops(config, outputs, authors=True),
         tokenizer_flops=tokenizer_flops(DVAE, view) if view else None,
         room_bytes=expected_room(machine.card.memory_gib),
         engines=engines,
@@ -196,42 +178,15 @@ def _check(config: Config, machine: Machine) -> None:
         raise ConfigError("a plan's times are those of bf16; got engine.precision=fp32; leave it out")
 
 
-def _num_outputs(config: Config) -> int:
-    return DVAE.vocab_size if config.objective == "tokens" else 3 * math.prod(config.model.patch_size)
-
-
-def _token_size(config: Config) -> Size | None:
-    down, across = config.grid
-    return (down * DVAE.stride, across * DVAE.stride) if config.objective == "tokens" else None
-
-
-def _footprint(config: Config, machine: Machine, **engine: Any) -> Footprint:
-    changed = config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
-    return footprint(
-        changed,
-        num_outputs=_num_outputs(config),
-        token_size=_token_size(config),
-        num_ranks=machine.gpus,
-        itemsize=2,
+def _exchanging(config: Config, machine: Machine, step: Fitted, compute_ms: float) -> tuple[float, float, float]:
+    """Milliseconds of a step's exchange between cards, of what it may run beside, and of that with the host."""
+    engine, num_weights = config.engine, count_weights(config, num_outputs(config))
+    ranks = machine.gpus, machine.gpus_per_node
+    return (
+        exchange_ms(machine.card, *ranks, WEIGHT_BYTES * num_weights, exchange_passes(engine, step.accumulate)),
+        overlap_ms(engine, compute_ms, step.accumulate),
+        offload_ms(machine.card, engine, *ranks, num_weights, step.accumulate),
     )
-
-
-def _fit(config: Config, machine: Machine, engine: str, found: Footprint, built: bool = True) -> Fitted:
-    images, room = config.optim.batch_size // machine.gpus, expected_room(machine.card.memory_gib)
-    wanted = config.optim.accumulate
-    accumulate = fewest(images, found, room) if wanted == "auto" else wanted
-    peak = found.peak(images // accumulate)
-    return Fitted(engine, built, found, accumulate, images // accumulate, peak, peak <= room)
-
-
-def _engines(config: Config, machine: Machine) -> list[Fitted]:
-    zero_1 = _footprint(config, machine, name="deepspeed")
-    further = [
-        _fit(config, machine, f"ZeRO-{stage}", shared_further(zero_1, stage, machine.gpus), built=False)
-        for stage in (2, 3)
-    ]
-    ddp = _fit(config, machine, "ddp", _footprint(config, machine, name="ddp"))
-    return [ddp, _fit(config, machine, "ZeRO-1", zero_1), *further]
 
 
 def _advice(config: Config, machine: Machine, step: Fitted) -> str:
@@ -239,8 +194,7 @@ def _advice(config: Config, machine: Machine, step: Fitted) -> str:
         return "is set"
     if step.fits and step.micro_batch >= min(SMALL, config.optim.batch_size // machine.gpus):
         return "not needed"
-    name = "deepspeed" if step.engine == "ZeRO-1" else "ddp"
-    other = _fit(config, machine, step.engine, _footprint(config, machine, name=name, checkpoint_blocks=True))
+    other = fit(config, machine.card, machine.gpus, checkpoint_blocks=True)
     if step.fits:
         return f"not needed; with it {other.micro_batch} images a micro-batch, not {step.micro_batch}"
     return f"needed: micro-batches of {other.micro_batch} fit with it" if other.fits else "does not help: nothing fits"
@@ -255,9 +209,9 @@ def _computing(config: Config, machine: Machine, step: Fitted) -> tuple[float, f
             timed.host_ms * step.accumulate,
             f"measured on an {card.name} with {timed.images} images, taken per image",
         )
-    num_outputs = _num_outputs(config)
-    kept = _footprint(config, machine, checkpoint_blocks=False)
-    ms = step_ms(card, images, step_flops(config, num_outputs), kept.saved, count_weights(config, num_outputs))
+    outputs = num_outputs(config)
+    kept = footprint_of(config, machine.gpus, checkpoint_blocks=False)
+    ms = step_ms(card, images, step_flops(config, outputs), kept.saved, count_weights(config, outputs))
     again = RECOMPUTE_TIME if config.engine.checkpoint_blocks else 1.0
     whose = "" if card.shares.known else ", at the share of its data sheet that an H100 reaches"
     return again * ms, HOST_MS * config.model.depth * step.accumulate, f"predicted, a lower bound{whose}"
@@ -321,20 +275,24 @@ def _head(found: Plan) -> list[str]:
 
 
 def _memory(found: Plan) -> list[str]:
-    parts = "weights", "gradients", "optimizer", "batches", "workspace"
-    title = "".join(f"{name:>10}" for name in parts)
+    parts = ["weights", "gradients", "optimizer", "batches", "workspace"]
+    parts += ["average"] if any(one.footprint.average for one in found.engines) else []
+    title, width = "".join(f"{part:>10}" for part in parts), max(8, *(len(one.engine) for one in found.engines))
     lines = [
         "",
-        f"GiB a GPU, of which a step finds {found.room_bytes / 2**30:.1f} free; saved and temporary: MiB an image",
-        f"{'':<8}{title}{'saved':>8}{'temp.':>7}{'images':>8}{'times':>6}{'peak':>7}",
+        f"GiB a GPU, of which a step finds {found.room_bytes / GIB:.1f} free; saved and temporary: MiB an image",
+        f"{'':<{width}}{title}{'saved':>8}{'temp.':>7}{'images':>8}{'times':>6}{'peak':>7}",
     ]
     for one in found.engines:
-        cells = "".join(f"{getattr(one.footprint, name) / 2**30:10.2f}" for name in parts)
+        cells = "".join(f"{getattr(one.footprint, part) / GIB:10.2f}" for part in parts)
         of_image = f"{one.footprint.saved / 2**20:8.1f}{one.footprint.temporary / 2**20:7.1f}"
-        notes = "" if one.fits else "  does not fit"
-        notes += "" if one.built else "  not built yet"
-        micro = f"{one.micro_batch:8}{one.accumulate:6}{one.peak_bytes / 2**30:7.1f}"
-        lines.append(f"{one.engine:<8}{cells}{of_image}{micro}{notes}")
+        micro = f"{one.micro_batch:8}{one.accumulate:6}{one.peak_bytes / GIB:7.1f}"
+        lines.append(f"{one.engine:<{width}}{cells}{of_image}{micro}{'' if one.fits else '  does not fit'}")
+    if host := max(one.footprint.host for one in found.engines):
+        lines.append(
+            f"offload: {host / GIB:.1f} GiB a GPU in the host's memory, {found.machine.on_node * host / GIB:.1f} a "
+            "node; page-locked, up to twice as much"
+        )
     return [*lines, f"engine.checkpoint_blocks: {found.checkpoint_blocks}"]
 
 
@@ -345,14 +303,17 @@ def _row(name: str, values: Iterable[str]) -> str:
 def _time(found: Plan) -> list[str]:
     runs = found.runs.values()
     times, card = [run.time for run in runs], found.card
+    is_offloaded = any(time.offload_ms for time in times)
+    offload = [_row("offload", (f"{time.offload_ms:.1f}" for time in times))] if is_offloaded else []
     lines = [
         "",
         _row("ms a step", found.runs),
         _row("compute", (f"{time.compute_ms:.1f}" for time in times)),
         _row("tokenizer", (f"{time.tokenizer_ms:.1f}" for time in times)),
         _row("host, beside both", (f"{time.host_ms:.1f}" for time in times)),
-        _row("exchange of gradients", (f"{time.exchange_ms:.1f}" for time in times)),
+        _row("exchange between cards", (f"{time.exchange_ms:.1f}" for time in times)),
         _row("  of which the card waits for", (f"{run.exposed_ms:.1f}" for run in runs)),
+        *offload,
         _row("step", (f"{run.step_ms:.1f}" for run in runs)),
         _row("step, if nothing overlapped", (f"{run.without_overlap_ms:.1f}" for run in runs)),
         _row("images/s", (f"{run.images_per_s:,.0f}" for run in runs)),
@@ -365,6 +326,11 @@ def _time(found: Plan) -> list[str]:
         lines.append("the host is slower than the card: more images a GPU and step would cost no time")
     if found.tokenizer:
         lines.append(f"tokenizer: {found.tokenizer}")
+    if is_offloaded:
+        lines.append(
+            f"offload: predicted, at {LINK_SHARE:.0%} of {card.to_host / 1e9:g} GB/s to the host, and with AdamW at "
+            f"{HOST_MEMORY / 1e9:g} GB/s of its memory"
+        )
     return [
         *lines,
         f"exchange: predicted, at {LINK_SHARE:.0%} of {card.link / 1e9:g} GB/s to the cards of a node, and of "

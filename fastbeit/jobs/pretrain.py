@@ -41,6 +41,7 @@ from fastbeit.train.loop import Look, Reading, check_batch, train
 from fastbeit.train.pipeline import settle_pipeline
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop
+from fastbeit.train.wandb_board import check_wandb
 from fastbeit.weights.start import Start, lines_of, missing_init, start_of
 
 
@@ -57,6 +58,7 @@ def pretrain(config: Config, command: list[str]) -> int:
         RunError: bad config, data or checkpoint; the message says what to do.
     """
     _check_paths(config)
+    check_wandb(config.log)
     warnings = masking.try_rule(masking.rule_of(config))
     began = time.perf_counter()
     world = start_world(config.engine)

@@ -37,6 +37,7 @@ from fastbeit.train.loop import Look, Outcome, Reading, check_batch, train
 from fastbeit.train.pipeline import settle_pipeline
 from fastbeit.train.rundir import claim
 from fastbeit.train.stop import Stop, StopWanted
+from fastbeit.train.wandb_board import check_wandb
 
 NUM_SHOWN = 8  # images on TensorBoard, above their reconstructions
 
@@ -57,6 +58,7 @@ def train_tokenizer(
     Raises:
         RunError: bad data, or `out` holds something else; the message says what to do.
     """
+    check_wandb(config.log)
     images = DataConfig().model_copy(update={"index": str(source), "val_index": str(val_source or "")})
     world = start_world(config.engine)
     check_batch(config.optim.whole, world)

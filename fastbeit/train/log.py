@@ -1,4 +1,4 @@
-"""Logs: `log.jsonl`, TensorBoard, and a progress bar, or lines where stderr is no terminal."""
+"""Logs: `log.jsonl`, TensorBoard, Weights & Biases, and a progress bar, or lines where stderr is no terminal."""
 
 import json
 import sys
@@ -12,19 +12,22 @@ from tqdm import tqdm
 from fastbeit.errors import RunError, writing
 from fastbeit.files import append_line, read_records, write_whole
 from fastbeit.train.board import Board
+from fastbeit.train.wandb_board import Asking, WandbBoard
 
 
 class RunLog:
-    """JSON lines, TensorBoard when installed, and a progress bar (plain lines when no terminal looks on).
+    """JSON lines, TensorBoard when installed, Weights & Biases when asked for, and a progress bar (plain lines when no
+    terminal looks on).
 
     Args:
         out: the run directory; None on a rank that keeps silent.
+        config: of the run, which may ask for Weights & Biases.
 
     Raises:
         RunError: `log.jsonl` cannot be written (74).
     """
 
-    def __init__(self, out: Path | None, first_step: int, num_steps: int) -> None:
+    def __init__(self, out: Path | None, first_step: int, num_steps: int, config: Asking | None = None) -> None:
         self.first_step, self.num_steps = first_step, num_steps
         self.began = time.perf_counter()
         self.error: RunError | None = None  # of writing: raised by the loop, which saves first
@@ -38,6 +41,9 @@ class RunLog:
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not is_watched)
         # what an earlier part of the run wrote past the checkpoint is hidden
         self.board = Board(out / "tensorboard", first_step + 1, self.say) if out else None
+        self.wandb = None
+        if out and config and config.log.wandb:
+            self.wandb = WandbBoard(config, out, first_step, self.say)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -46,6 +52,8 @@ class RunLog:
         self.bar.close()
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.close(failed=exception[0] is not None)
 
     def write(self, record: dict[str, Any]) -> None:
         """One line; `step` and perhaps `event` name it, units stand in the keys."""
@@ -55,10 +63,10 @@ class RunLog:
                     append_line(self.path, json.dumps(record))
             except RunError as err:
                 self.error = err
-        if self.board:
-            prefix = f"{record['event']}/" if "event" in record else ""
-            figures = {prefix + key: value for key, value in record.items() if isinstance(value, int | float)}
-            self.board.add_figures(figures, record["step"])
+        prefix = f"{record['event']}/" if "event" in record else ""
+        figures = {prefix + key: value for key, value in record.items() if isinstance(value, int | float)}
+        for board in filter(None, (self.board, self.wandb)):
+            board.add_figures(figures, record["step"])
 
     def lacks(self, step: int, event: str) -> bool:
         """Whether an earlier part of the run left no such line; never on a rank that keeps silent."""
@@ -67,9 +75,9 @@ class RunLog:
         )
 
     def picture(self, name: str, pixels: Tensor, step: int) -> None:
-        """[height, width, 3] uint8, on TensorBoard."""
-        if self.board:
-            self.board.add_picture(name, pixels, step)
+        """[height, width, 3] uint8, on TensorBoard and Weights & Biases."""
+        for board in filter(None, (self.board, self.wandb)):
+            board.add_picture(name, pixels, step)
 
     def show(self, step: int, text: str) -> None:
         """Beside the bar, or on a line where no terminal looks on."""

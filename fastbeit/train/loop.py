@@ -212,7 +212,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     with (
         out_of_memory_in_one_line(fit.remedy),
         contextlib.closing(task.batches(step)) as batches,
-        RunLog(out if world.rank == 0 else None, step, task.num_steps) as log,
+        RunLog(out if world.rank == 0 else None, step, task.num_steps, config) as log,
         _profiler(config, out, world) as profiler,
     ):
         feed = Feed(batches, world, stop, bad_samples, meter)

@@ -27,6 +27,7 @@ BEFORE_A_CHECKPOINT = (
     "log.jsonl",
     "bad_samples.jsonl",
     "tensorboard",
+    "wandb",
     "checkpoints",
     "profile.json",
     INDICES,

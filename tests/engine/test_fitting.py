@@ -1,7 +1,7 @@
 """How micro-batches are chosen: by the formula, then by a dry step that leaves no trace; alike on all ranks."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -164,6 +164,13 @@ def test_auto_keeps_a_reserve_and_says_what_it_found(card):
     assert fit(card(34 * GIB - 1), Toy(64)).accumulate == 4
 
 
+def test_an_average_of_the_weights_is_there_already(card):
+    """So what is free is without it, and it is not counted again."""
+    rehearsal = Rehearsal(replace(footprint_of(GIB), average=9 * GIB), lambda num_images: (torch.ones(num_images, 4),))
+    found = fitting_accumulate(OptimConfig(batch_size=64), ENGINE, rehearsal, Toy(64), card(35 * GIB), None)
+    assert found.accumulate == 2 and found.figures["predicted_mib"] == pytest.approx(32 * 1024, rel=1e-3)
+
+
 def test_small_micro_batches_have_a_hint(card):
     assert "engine.checkpoint_blocks=true makes room" in fit(card(20 * GIB), Toy(64)).line
     recomputed = EngineConfig(precision="fp32", checkpoint_blocks=True)
@@ -179,6 +186,10 @@ def test_a_choice_is_kept_on_the_same_card_and_made_anew_on_another(card):
     assert other.accumulate == 1 and "chosen anew, for card_mib was 40960, now 81920" in other.line
     changed = fit(card(39 * GIB), Toy(64), kept=kept, engine=EngineConfig(precision="bf16"))
     assert changed.accumulate == 2 and "precision was float32, now bfloat16" in changed.line
+    stages = [EngineConfig(precision="fp32", name="deepspeed", zero_stage=stage) for stage in (1, 2)]
+    shared = fit(card(39 * GIB), Toy(64), engine=stages[0]).kept
+    further = fit(card(39 * GIB), Toy(64), kept=shared, engine=stages[1])
+    assert further.line.endswith("deepspeed was ZeRO-1, now ZeRO-2")
 
 
 def test_a_card_without_room_is_said_in_one_line(card):

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from fastbeit.config.pretrain import Config
+from fastbeit.config.sections import EngineConfig
 from fastbeit.engine import measured
 from fastbeit.engine.cards import CARDS, card_of
-from fastbeit.engine.forecast import LINK_SHARE, StepTime, exchange_ms
+from fastbeit.engine.forecast import ADAMW_BYTES, HOST_MEMORY, LINK_SHARE, StepTime, exchange_ms, offload_ms
 from fastbeit.engine.measured import measured_step
 from fastbeit.errors import ConfigError
 
@@ -89,6 +90,24 @@ def test_an_exchange_waits_for_the_slowest_link():
     assert rate(2, 8) == pytest.approx(rate(8, 8)) == pytest.approx(450e9)
     # eight adapters of 400 Gb/s, then two, which NVLink does not help
     assert rate(16, 8) == pytest.approx(8 * 50e9) and rate(16, 2) == pytest.approx(2 * 50e9)
+
+
+def test_offload_takes_the_hosts_link_and_its_adamw():
+    card, num_weights = CARDS["h100"], 10**9
+
+    def sent(offload: str, accumulate: int, num_ranks: int = 8) -> float:
+        """Bytes over a rank's link, per weight of its share."""
+        engine = EngineConfig.model_validate({"name": "deepspeed", "zero_stage": 3, "offload": offload})
+        adamw_s = ADAMW_BYTES * num_weights * min(num_ranks, 8) / num_ranks / HOST_MEMORY
+        link_s = offload_ms(card, engine, num_ranks, 8, num_weights, accumulate) / 1e3 - adamw_s
+        return link_s * LINK_SHARE * 64e9 / (num_weights / num_ranks)
+
+    assert offload_ms(card, EngineConfig(), 8, 8, num_weights, 1) == 0
+    # gradients down, weights up; more micro-batches add to gradients, which come up for that and go down again
+    assert sent("optimizer", 1) == sent("optimizer", 1, 16) == pytest.approx(4 * 2)
+    assert sent("optimizer", 3) == pytest.approx(4 * (3 + 2 + 1))
+    # weights come up for forward and backward of each, not after the update
+    assert sent("weights", 3) == pytest.approx(4 * (3 + 2 + 2 * 3))
 
 
 # the exchange within its window, beyond it; a card that waits for the host

@@ -1,5 +1,6 @@
 """The formula of memory against what is counted: saved tensors and peaks, of BEiT-B and BEiT-L at their widths."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from benchmarks.memory import count_step, main, saved_bytes
 from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.pretrain import Config
 from fastbeit.config.sections import Kernels, ModelConfig
-from fastbeit.engine.memory import Footprint, count_weights, footprint, shared_further
+from fastbeit.engine.memory import Footprint, count_weights, footprint
+from fastbeit.engine.zero_sizes import bucket_sizes
 from fastbeit.model.beit import make_beit
 from fastbeit.model.vit import Block
 from helpers.tiny import SETTINGS
@@ -151,20 +153,90 @@ def test_a_configs_header_says_what_the_command_says(name, capsys):
 
 
 def test_what_ranks_share():
-    """Batches are shared out, by ZeRO-1 moments too; gradients and weights stay whole."""
+    """Without ZeRO batches alone; gradients, moments and weights stay whole."""
     alone, shared = (predicted(config_of(BASE), num_ranks=ranks) for ranks in (1, 8))
     assert shared.batches == alone.batches // 8 and shared.optimizer == alone.optimizer == 2 * alone.weights
-    zero = Config.model_validate({"engine": {"name": "deepspeed"}})
-    few, many = (predicted(zero, num_ranks=ranks) for ranks in (2, 8))
-    # master weights, two moments, this rank's sum of gradients
-    assert few.optimizer - many.optimizer == 4 * few.weights // 2 - 4 * few.weights // 8
-    assert few.weights == many.weights == few.gradients
+    assert shared.weights == shared.gradients == alone.gradients and alone.host == alone.average == 0
 
 
-def test_what_further_stages_would_share():
-    zero = predicted(Config.model_validate({"engine": {"name": "deepspeed"}}), num_ranks=8)
-    second, third = (shared_further(zero, stage, 8) for stage in (2, 3))
-    # gradients are there once, not whole and this rank's sum of them
-    assert zero.static - second.static == zero.gradients
-    assert second.static - third.static == zero.weights - zero.weights // 8
-    assert third.peak(4) - third.static == zero.peak(4) - zero.static
+LARGE_L = LARGE | {"depth": 24}
+WEIGHTS_L = 4 * 311_534_016  # bytes
+STATES = "weights", "gradients", "optimizer"
+
+
+def zero(stage: int, offload: str = "none", num_ranks: int = 8, **fields: Any) -> Footprint:
+    engine = {"name": "deepspeed", "zero_stage": stage, "offload": offload}
+    return predicted(Config.model_validate({"model": LARGE_L, "engine": engine, **fields}), num_ranks=num_ranks)
+
+
+# of n weights in float32: masters, two moments and a sum of gradients are shared from stage 1 on, gradients from 2 on,
+# weights from 3 on, where they are the masters too
+@pytest.mark.parametrize("stage, shared", [(0, (0, 0, 0)), (1, (0, 0, 4)), (2, (0, 1, 3)), (3, (1, 1, 2))])
+def test_each_stage_of_zero_shares_more(stage: int, shared: tuple[int, ...]):
+    few, many = zero(stage, num_ranks=2), zero(stage, num_ranks=8)
+    for part, parts in zip(STATES, shared, strict=True):
+        assert getattr(few, part) - getattr(many, part) == parts * (WEIGHTS_L // 2 - WEIGHTS_L // 8)
+    assert few.host == many.host == 0 and few.saved == zero(1).saved
+
+
+def test_what_moves_has_the_size_that_deepspeed_is_told():
+    """Buckets of 200 million weights for two dtypes; in stage 3 of 50 million, with a copy; and what is gathered."""
+    share = WEIGHTS_L // 8
+    assert zero(1).optimizer - 4 * share == zero(2).optimizer - 3 * share == 2 * 4 * 200_000_000
+    assert zero(3).optimizer - 2 * share == 2 * (4 + 2) * 50_000_000
+    assert zero(3).weights - share == 4 * 200_000_000 + 2 * 50_000_000
+    # of a model with fewer weights none is larger
+    small = Config.model_validate({"engine": {"name": "deepspeed", "zero_stage": 3}})
+    whole = 4 * count_weights(small, 8192)
+    assert predicted(small, num_ranks=8).weights == whole // 8 + whole + 2 * 50_000_000
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_leaves_what_moves_on_the_device(stage: int):
+    shared = {1: 4, 2: 3, 3: 2}[stage] * (WEIGHTS_L // 8)
+    here, away = zero(stage), zero(stage, "optimizer")
+    # masters, gradients, their sum, both moments; below stage 3 also weights on their way back
+    assert away.host == (5 if stage == 3 else 6) * (WEIGHTS_L // 8)
+    assert away.weights == here.weights and away.gradients == (WEIGHTS_L if stage == 1 else 0)
+    largest = 4 * 1024 * 8192
+    assert away.optimizer == (largest if stage < 3 else 0) + here.optimizer - shared
+    if stage == 3:
+        gone = zero(3, "weights")
+        assert (here.weights - gone.weights, gone.host - away.host) == (WEIGHTS_L // 8, WEIGHTS_L // 8)
+
+
+@dataclass
+class Asked:
+    """Settings as they will be with an average, and with other optimizers."""
+
+    batch_size: int = 2048
+    name: str = "adamw"
+    ema_decay: float | None = None
+
+
+def test_an_average_of_the_weights_and_muons_single_moment():
+    def asked(stage: int, **optim: Any) -> Footprint:
+        config = Config.model_validate({"model": LARGE_L, "engine": {"name": "deepspeed", "zero_stage": stage}})
+        return predicted(config.model_copy(update={"optim": Asked(**optim)}), num_ranks=8)
+
+    plain, kept = asked(2), asked(2, ema_decay=0.9999)
+    assert kept.average == kept.static - plain.static == WEIGHTS_L and plain.average == 0
+    assert asked(3, ema_decay=0.9999).average == WEIGHTS_L // 8
+    matrices = 24 * (4 * 1024 * 1024 + 2 * 1024 * 4096)
+    assert plain.optimizer - asked(2, name="muon").optimizer == 4 * matrices // 8
+
+
+def test_deepspeed_takes_the_sizes():
+    """Its own names, and no size that it refuses: an even number of weights gathered, each more than 0."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for num_weights in (3, 91_965_776, 311_534_017):
+        for stage in (1, 2, 3):
+            sizes = bucket_sizes(num_weights, stage)
+            assert all(0 < size <= num_weights for size in sizes.values())
+            told = DeepSpeedZeroConfig.model_validate({"stage": stage, **sizes})
+            assert told.reduce_bucket_size == sizes["reduce_bucket_size"]
+            assert told.max_reuse_distance == sizes.get("stage3_max_reuse_distance", 10**9)
+            assert stage == 3 or told.allgather_bucket_size % 2 == 0
+    assert bucket_sizes(10**9, 0) == {}
+    assert bucket_sizes(10**9, 3)["stage3_max_live_parameters"] == 200_000_000

@@ -63,6 +63,15 @@ def test_an_import_that_raises_is_told_in_one_line(text: str, why: str, site):
     assert (found.state, found.why) == ("wrong", why)
 
 
+def test_a_folder_of_wandbs_is_no_package(site):
+    site("wandb/run-1/log.txt")
+    found = look("wandb")
+    assert (found.state, found.fix) == ("wrong", "pip install wandb; only log.wandb wants it")
+    site("wandb/__init__.py", "__version__ = '0.31.0'\ndef init(): ...")
+    del sys.modules["wandb"]
+    assert look("wandb") == Finding("wandb", "runs", "0.31.0")
+
+
 def test_the_unrelated_apex_is_told_from_nvidias(site):
     site("apex/__init__.py")
     found = look("apex")

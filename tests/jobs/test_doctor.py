@@ -70,9 +70,11 @@ def test_a_kernel_that_a_run_on_a_cpu_refuses_is_an_exit_code(found, monkeypatch
 def test_what_is_asked_for_by_name():
     assert asked_by_name(Config()) == {}
     settings = dict(engine=dict(device="cuda", name="deepspeed"), kernels=dict(backend="triton", attention="eager"))
+    settings["log"] = dict(wandb="beit")
     assert asked_by_name(Config.model_validate(settings)) == {
         "CUDA": "engine.device=cuda",
         "deepspeed": "engine.name=deepspeed",
+        "wandb": "log.wandb=beit",
         "attention eager": "kernels.attention=eager",
         "masked_embed triton": "kernels.backend=triton",
         "loss triton": "kernels.backend=triton",

@@ -14,6 +14,7 @@ from benchmarks.memory import main as memory_main
 from fastbeit.cli import main
 from fastbeit.config.read import load_config
 from fastbeit.engine.cards import CARDS
+from fastbeit.engine.forecast import StepTime
 from fastbeit.engine.measured import STEPS, TOKENIZED
 from fastbeit.jobs.plan import Machine, Plan, make_plan
 from fastbeit.model.beit import make_beit
@@ -90,7 +91,7 @@ def test_whether_recomputation_is_needed():
 
 
 def test_memory_is_that_of_the_memory_command(capsys):
-    """For 24, 40 and 80 GB; and that of the engine that is set is what time is taken for."""
+    """For 24, 40 and 80 GB."""
     for config in (BASE, LARGE):
         assert memory_main(["--plan", config, "--ranks", "8"]) == 0
         lines = capsys.readouterr().out.splitlines()[1:]
@@ -98,11 +99,49 @@ def test_memory_is_that_of_the_memory_command(capsys):
             ddp = planned(config, 8, gpu).engines[0]
             wanted = f"{ddp.accumulate} micro-batch(es) of {ddp.micro_batch}, peak {ddp.peak_bytes / 2**30:.1f} GiB"
             assert line.endswith(wanted)
-    ddp, zero = (planned(LARGE, 16, "h100", f"engine.name={name}") for name in ("ddp", "deepspeed"))
-    assert ddp.engines == zero.engines and [one.built for one in ddp.engines] == [True, True, False, False]
-    assert ddp.runs["stored tokens"].exposed_ms == 0
-    # DeepSpeed's stage 1 exchanges after the backward
-    assert zero.runs["stored tokens"].exposed_ms == zero.runs["stored tokens"].time.exchange_ms > 0
+
+
+def zero(stage: int, *settings: str) -> list[str]:
+    return ["engine.name=deepspeed", f"engine.zero_stage={stage}", *settings]
+
+
+def test_ddp_and_zeros_stages_are_choices_and_what_is_set_is_one_of_them():
+    names = ["ddp", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    plans = [planned(LARGE, 16, "h100"), *(planned(LARGE, 16, "h100", *zero(stage)) for stage in (1, 2, 3))]
+    for plan in plans:
+        assert plan.engines == plans[0].engines and [one.engine for one in plan.engines] == names
+    statics = [one.footprint.static for one in plans[0].engines[1:]]
+    assert statics == sorted(statics, reverse=True)
+    offload = zero(2, "engine.offload=optimizer")
+    for settings, name in (zero(0), "ZeRO-0"), (offload, "ZeRO-2, offload"):
+        plan = planned(LARGE, 16, "h100", *settings)
+        assert plan.engines[:-1] == plans[0].engines and plan.engines[-1].engine == name
+    assert plan.engines[-1].footprint.host > 0 == plan.engines[-1].footprint.gradients
+
+
+def test_time_is_that_of_the_engine_that_is_set():
+    def time(*settings: str) -> StepTime:
+        return planned(LARGE, 16, "h100", *settings).runs["stored tokens"].time
+
+    ddp, zeros = time(), [time(*zero(stage)) for stage in (0, 1, 2, 3)]
+    assert ddp.exposed_ms == 0
+    # one micro-batch: gradients, and from stage 1 on weights as well
+    assert [one.exchange_ms / ddp.exchange_ms for one in zeros] == pytest.approx([1, 1.5, 1.5, 1.5])
+    # the first stages exchange after the backward; the third gathers ahead
+    assert [one.exposed_ms / one.exchange_ms for one in zeros] == [1, 1, 1, 0]
+    # in more micro-batches stage 2 reduces, and stage 3 gathers too, in each
+    more = [time(*zero(stage, "optim.accumulate=4")) for stage in (1, 2, 3)]
+    assert [one.exchange_ms / ddp.exchange_ms for one in more] == pytest.approx([1.5, 4.5, 6])
+    offloaded = time(*zero(2, "engine.offload=optimizer"))
+    assert ddp.offload_ms == zeros[2].offload_ms == 0
+    assert offloaded.total_ms == pytest.approx(zeros[2].total_ms + offloaded.offload_ms)
+
+
+def test_a_plan_with_offload_says_what_it_costs(capsys):
+    assert main(["plan", LARGE, "--gpus", "8", "--gpu", "h100", *zero(3, "engine.offload=weights")]) == 0
+    said = capsys.readouterr().out
+    assert "ZeRO-3, offload" in said and "GiB a GPU in the host's memory" in said
+    assert "offload: predicted, at 80% of 64 GB/s to the host" in said and max(map(len, said.splitlines())) <= 120
 
 
 def test_parameters_are_those_of_the_model(tmp_path):
