@@ -9,9 +9,11 @@ Of n weights in float32 and m moments on R ranks, in bytes:
     3          4 n / R + live   4 n / R     4 m / R: the weights are the masters; buckets
 
 live: weights that are gathered, in float32, and those ahead also as they travel. Sizes of what moves: zero_sizes.py.
-Offloaded, masters, moments and the sum of gradients are the host's, and with `weights` those too. Read in DeepSpeed
-0.19.8 with torch.autocast and AdamW on float32; not measured. What a step copies after its backward is left out: the
-activations, which are more, are gone by then.
+Offloaded, masters, moments and the sum of gradients are the host's, and with `weights` those too.
+
+Read in DeepSpeed 0.19.8 with torch.autocast and AdamW on float32. Not measured, but that stage 3 gathers as many as it
+may: two ranks on a CPU had as many at once as `stage3_max_live_parameters` says, and the persistent ones. What a step
+copies after its backward is left out: the activations, which are more, are gone by then.
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ SHARED_STATE = 200_000_000  # of stages 1 and 2: gradients that are added, and w
 SHARED_WEIGHTS = 50_000_000  # of stage 3: gradients that are added, and weights that are gathered ahead, at a time
 # weights stay gathered that are used again within so many: in the backward, what its recomputed block has just used
 REUSED_WITHIN = 50_000_000
-LIVE = 200_000_000  # gathered at once: what is kept, gathered ahead and in use
+LIVE = 200_000_000  # gathered at once: DeepSpeed gathers ahead until there are so many
 PERSISTENT = 100_000  # smaller parameters are whole on each rank: norms, biases, tables
 
 
