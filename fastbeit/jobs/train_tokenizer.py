@@ -73,24 +73,30 @@ def train_tokenizer(
             world.barrier()
             outcome = train(task, config, world, out, stop, command)
             code = outcome.exit_code
-            if code == DONE and world.rank == 0:
-                try:
-                    with stop.interrupts():
-                        _finish(task, outcome, out, command)
-                except StopWanted:
-                    code = PREEMPTED
-                    print(f"stopped while the tokenizer was judged; to go on: {shlex.join(command)}", file=sys.stderr)
+            with outcome.kept() as model:
+                if code == DONE and world.rank == 0:
+                    code = _finish(task, model, outcome, out, stop, command)
     world.leave()
     return code
 
 
-def _finish(task: "DvaeTraining", outcome: Outcome, out: Path, command: list[str]) -> None:
+def _finish(task: "DvaeTraining", model: nn.Module, outcome: Outcome, out: Path, stop: Stop, command: list[str]) -> int:
+    try:
+        with stop.interrupts():
+            _keep(task, model, outcome, out, command)
+    except StopWanted:
+        print(f"stopped while the tokenizer was judged; to go on: {shlex.join(command)}", file=sys.stderr)
+        return PREEMPTED
+    return DONE
+
+
+def _keep(task: "DvaeTraining", model: nn.Module, outcome: Outcome, out: Path, command: list[str]) -> None:
     """The tokenizer of the averaged weights, and its card."""
     is_new = outcome.num_steps_taken or not _is_whole(out)
     said = ""
     if is_new:
-        assert isinstance(outcome.model, DvaeTrainer)
-        held_out = task.held_out or task.judge(outcome.model)
+        assert isinstance(model, DvaeTrainer)
+        held_out = task.held_out or task.judge(model)
         origin = {
             "command": shlex.join(command),
             "index": task.index.fingerprint,
@@ -99,7 +105,7 @@ def _finish(task: "DvaeTraining", outcome: Outcome, out: Path, command: list[str
             "hours": round(outcome.seconds / 3600, 2),
             "held_out": held_out,
         }
-        save_tokenizer(out, outcome.model.encoder, outcome.model.decoder, origin)
+        save_tokenizer(out, model.encoder, model.decoder, origin)
         said = "not judged: --val INDEX, of held-out images, says what it is worth"
         if held_out:
             said = verdict(held_out, task.config.model.vocab_size, task.judge_bundled())

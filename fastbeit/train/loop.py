@@ -11,7 +11,9 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +33,7 @@ from fastbeit.plural import counted
 from fastbeit.train.bad_samples import BadSamples
 from fastbeit.train.checkpoint import Saver
 from fastbeit.train.ema import Average
+from fastbeit.train.feed import Feed
 from fastbeit.train.log import RunLog
 from fastbeit.train.meter import Meter
 from fastbeit.train.optim import learning_rate, make_optimizer, set_learning_rate
@@ -125,7 +128,8 @@ class Outcome:
 
     exit_code: int
     checkpoint: Path | None  # the last one
-    model: nn.Module  # the averaged one, where there is one
+    # gives the model, the averaged one where there is one; all ranks must enter it
+    kept: Callable[[], AbstractContextManager[nn.Module]]
     seconds: float  # over all parts of the training
     num_steps_taken: int  # in this part
 
@@ -277,54 +281,8 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     if error := lost or log.error or bad_samples.error:
         raise error
     code = DONE if is_done else PREEMPTED
-    with average.kept(task.make_model) as kept:
-        return Outcome(code, saver.last_checkpoint, kept, time.monotonic() - began, step - first_step)
-
-
-class Feed:
-    """The batches of the steps, one verdict a step: all ranks have the next one, or end together."""
-
-    def __init__(
-        self, batches: Iterator[Batch], world: World, stop: Stop, bad_samples: BadSamples, meter: Meter
-    ) -> None:
-        self._batches = batches
-        self._world = world
-        self._stop = stop
-        self._bad_samples = bad_samples
-        self._meter = meter
-        self.save_wanted = False  # by somebody, when the last batch was asked for
-
-    def next(self, error: RunError | None = None) -> Batch | None:
-        """This rank's batch of the next step; None: somebody was asked to stop.
-
-        Args:
-            error: why this rank cannot go on.
-
-        Raises:
-            RunError: a rank cannot go on, has no data (66), too many images are bad (65), a data worker died; on all
-                ranks in the same step.
-        """
-        began = time.perf_counter()
-        batch, error = (None, error) if error else self._fetch()
-        self._meter.waited(time.perf_counter() - began)
-        now = self._world.agree(
-            stop=self._stop.wanted, save=self._stop.save_wanted, bad=batch.bad if batch else [], error=error
-        )
-        self.save_wanted = now.saves
-        if now.error:
-            raise now.error
-        self._bad_samples.add(now.bad)
-        return None if now.stops else batch
-
-    def _fetch(self) -> tuple[Batch | None, RunError | None]:
-        try:
-            # a stop must also end the wait for a disk that does not answer
-            with self._stop.interrupts():
-                return next(self._batches), None
-        except RunError as err:
-            return None, err
-        except StopWanted:
-            return None, None
+    kept = partial(average.kept, task.make_model)
+    return Outcome(code, saver.last_checkpoint, kept, time.monotonic() - began, step - first_step)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -10,7 +10,8 @@ from fastbeit.data.decode import decode_reference
 from fastbeit.engine.ranks import World
 from fastbeit.errors import DataError, RunError
 from fastbeit.train.bad_samples import BadSamples
-from fastbeit.train.loop import Feed, micro_batches
+from fastbeit.train.feed import Feed
+from fastbeit.train.loop import micro_batches
 from fastbeit.train.meter import Meter
 from fastbeit.train.stop import Stop
 from helpers.photos import encoded, small_photo
