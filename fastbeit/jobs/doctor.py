@@ -23,6 +23,7 @@ from fastbeit_kernels.backend import check_backend
 
 PAPERS_WORDS = 8192  # of the paper's tokenizer
 MAX_TEXT = 160  # characters of a reason, in the table; the JSON has it whole
+OPTIMIZERS = {"apex_adam": "apex", "apex_lamb": "apex", "ds_cpu_adam": "deepspeed"}  # packages that they are of
 WORDS = {"runs": "runs", "wrong": "DOES NOT RUN", "absent": "absent", "unused": "not used"}
 
 
@@ -119,6 +120,8 @@ def asked_by_name(config: Config) -> dict[str, str]:
         asked["CUDA"] = "engine.device=cuda"
     if config.engine.name == "deepspeed":
         asked["deepspeed"] = "engine.name=deepspeed"
+    if config.optim.name in OPTIMIZERS:
+        asked[OPTIMIZERS[config.optim.name]] = f"optim.name={config.optim.name}"
     if config.data.pipeline == "dali":
         asked["nvidia.dali"] = "data.pipeline=dali"
     for op, backend in kernels.by_op.implementations.items():
