@@ -33,8 +33,8 @@ HOW_TO_GET = {
     "kernels.attention=xformers wants it",
     "nvidia.dali": f"pip install 'nvidia-dali-cuda{'120' if (torch.version.cuda or '').startswith('12') else '130'}"
     ">=2.2'; without it data.pipeline=torch decodes",
-    "apex": "nothing to do: only optim.name=apex_adam and apex_lamb want it",
     "wandb": "pip install wandb; only log.wandb wants it",
+    "apex": "only optim.name=apex_adam and apex_lamb want it, built from its source: docs/optimizers.md",
     "simplejpeg": "pip install 'simplejpeg>=1.8'",
     "numpy": "pip install 'numpy>=1.26'",
     "safetensors": "pip install 'safetensors>=0.5'",

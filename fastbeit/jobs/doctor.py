@@ -23,6 +23,7 @@ from fastbeit_kernels.backend import check_backend
 
 PAPERS_WORDS = 8192  # of the paper's tokenizer
 MAX_TEXT = 160  # characters of a reason, in the table; the JSON has it whole
+OPTIMIZERS = {"apex_adam": "apex", "apex_lamb": "apex", "ds_cpu_adam": "deepspeed"}  # packages that they are of
 WORDS = {"runs": "runs", "wrong": "DOES NOT RUN", "absent": "absent", "unused": "not used"}
 
 
@@ -121,6 +122,8 @@ def asked_by_name(config: Config) -> dict[str, str]:
         asked["deepspeed"] = "engine.name=deepspeed"
     if config.log.wandb:
         asked["wandb"] = f"log.wandb={config.log.wandb}"
+    if config.optim.name in OPTIMIZERS:
+        asked[OPTIMIZERS[config.optim.name]] = f"optim.name={config.optim.name}"
     if config.data.pipeline == "dali":
         asked["nvidia.dali"] = "data.pipeline=dali"
     for op, backend in kernels.by_op.implementations.items():

@@ -174,8 +174,10 @@ def _check(config: Config, machine: Machine) -> None:
             f"optim.batch_size {batch_size} is not a multiple of {share}, GPUs times micro-batches; "
             f"try optim.batch_size={max(1, round(batch_size / share)) * share}"
         )
-    if config.engine.precision == "fp32":
-        raise ConfigError("a plan's times are those of bf16; got engine.precision=fp32; leave it out")
+    if config.engine.precision not in ("auto", "bf16"):
+        raise ConfigError(
+            f"a plan's times are those of bf16; got engine.precision={config.engine.precision}; leave it out"
+        )
 
 
 def _exchanging(config: Config, machine: Machine, step: Fitted, compute_ms: float) -> tuple[float, float, float]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -127,3 +128,21 @@ def test_a_state_of_another_model_is_refused():
     state = {name: value for name, value in read_state(model, optimizer).items() if not name.endswith("cls_token")}
     with pytest.raises(KeyError, match="cls_token"):
         write_state(model, adamw(model), state)
+
+
+def test_of_pytorchs_adamw_no_value_comes_to_the_host(monkeypatch: pytest.MonkeyPatch):
+    """On tensors without memory, where reading a value is an error; with a loss scale."""
+    # the fused optimizer runs on no such tensors, but for this check
+    monkeypatch.setattr(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None)
+    meta = torch.device("meta")
+
+    def step(make: Make) -> None:
+        model = tiny_model().to(meta)
+        optimizer = make(model)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        clip_and_step(optimizer, 3.0, LossScale(meta))
+
+    step(adamw)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        step(muon)

@@ -45,7 +45,7 @@ def test_what_is_not_there_is_absent_and_it_is_told_how_to_get_it():
     assert (found.state, found.why, found.fix) == (
         "absent",
         "not installed",
-        "nothing to do: only optim.name=apex_adam and apex_lamb want it",
+        "only optim.name=apex_adam and apex_lamb want it, built from its source: docs/optimizers.md",
     )
 
 

@@ -82,6 +82,12 @@ def test_what_is_asked_for_by_name():
     }
 
 
+@pytest.mark.parametrize("name, package", [("apex_lamb", "apex"), ("ds_cpu_adam", "deepspeed")])
+def test_an_optimizer_of_another_package_asks_for_it(name: str, package: str):
+    settings = Config.model_validate(dict(optim=dict(name=name), engine=dict(device="cpu")))
+    assert asked_by_name(settings) == {package: f"optim.name={name}"}
+
+
 def test_the_table_is_aligned_and_its_lines_are_short():
     lines = table(FOUND).splitlines()
     assert len(lines) == len(FOUND) + 1 and max(map(len, lines)) < 260
