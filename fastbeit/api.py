@@ -14,7 +14,7 @@ from torch import Tensor
 from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import load_config
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.data.in_memory import Picture, one_by_one, view_of
 from fastbeit.engine.ranks import device_of
 from fastbeit.errors import DONE, RunError

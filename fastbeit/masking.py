@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import Backend, MaskingConfig
+from fastbeit.config.running import Backend
+from fastbeit.config.sections import MaskingConfig
 from fastbeit.errors import ConfigError
 from fastbeit_kernels.block_masks import ATTEMPTS, block_masks, random_masks
 from fastbeit_kernels.cross_entropy import IGNORE_INDEX

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.cores import num_cores
 from fastbeit.engine.ranks import start_world
 from helpers.waiting import finished

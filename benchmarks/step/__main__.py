@@ -26,7 +26,7 @@ from benchmarks.step.rates import ANCHORS
 from benchmarks.step.sources import SOURCES
 from benchmarks.step.variants import DEFAULT, SIZES, VARIANTS, Case
 from benchmarks.step.warm import empty_caches, warm_start
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.cores import num_cores
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.process import leave

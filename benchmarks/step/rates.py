@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.predictions import Chip
 from benchmarks.results import Row
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import KernelsConfig
+from fastbeit.config.running import KernelsConfig
 from fastbeit.engine.forecast import step_ms
 from fastbeit.engine.memory import count_weights, footprint
 from fastbeit.model.attention import take

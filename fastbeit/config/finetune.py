@@ -7,20 +7,17 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from fastbeit.config.pretrain import Config
+from fastbeit.config.running import EngineConfig, KernelsConfig, LogConfig, optimizers_that_do_not_fit
 from fastbeit.config.sections import (
     Count,
     DataConfig,
-    EngineConfig,
     Fraction,
-    KernelsConfig,
-    LogConfig,
     ModelConfig,
     OptimConfig,
     PathText,
     Section,
     Whole,
     grid_of,
-    optimizers_that_do_not_fit,
     refuse,
     sizes_that_do_not_fit,
 )

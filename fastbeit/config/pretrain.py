@@ -7,20 +7,22 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastbeit.config.sections import (
-    DataConfig,
+from fastbeit.config.running import (
     EngineConfig,
     KernelsConfig,
+    PretrainLogConfig,
+    ProbeConfig,
+    optimizers_that_do_not_fit,
+)
+from fastbeit.config.sections import (
+    DataConfig,
     MaskingConfig,
     ModelConfig,
     OptimConfig,
     PathText,
-    PretrainLogConfig,
-    ProbeConfig,
     Section,
     TokenizerConfig,
     grid_of,
-    optimizers_that_do_not_fit,
     refuse,
     sizes_that_do_not_fit,
 )

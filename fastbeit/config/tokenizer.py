@@ -5,15 +5,14 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from fastbeit.config.running import EngineConfig, LogConfig, optimizers_that_do_not_fit
 from fastbeit.config.sections import (
     LEVELS,
     MOST,
     OPTIMIZER,
     Count,
     DataConfig,
-    EngineConfig,
     Levels,
-    LogConfig,
     OptimConfig,
     Optimizer,
     Pipeline,
@@ -21,7 +20,6 @@ from fastbeit.config.sections import (
     Section,
     Size,
     Whole,
-    optimizers_that_do_not_fit,
     refuse,
 )
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import EngineConfig, Size
+from fastbeit.config.running import EngineConfig
+from fastbeit.config.sections import Size
 from fastbeit.config.tokenizer import Architecture
 from fastbeit.engine.cards import Card
 from fastbeit.engine.memory import Footprint, expected_room, fewest, footprint

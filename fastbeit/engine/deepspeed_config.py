@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fastbeit.config.sections import EngineConfig, OptimConfig
+from fastbeit.config.running import EngineConfig
+from fastbeit.config.sections import OptimConfig
 from fastbeit.engine.zero_sizes import bucket_sizes
 from fastbeit.errors import ConfigError
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbeit.config.sections import EngineConfig, OptimConfig
+from fastbeit.config.running import EngineConfig
+from fastbeit.config.sections import OptimConfig
 from fastbeit.engine.choices import row_of
 from fastbeit.engine.memory import RESERVE, SMALL, Footprint, fewest
 from fastbeit.engine.protocol import compute_dtype

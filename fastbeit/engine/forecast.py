@@ -15,7 +15,7 @@ source, at assumed shares of data sheets.
 
 from dataclasses import dataclass
 
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.engine.cards import Card
 
 ADAMW_BYTES = 28  # of a weight

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import KernelsConfig, ModelConfig
+from fastbeit.config.running import KernelsConfig
+from fastbeit.config.sections import ModelConfig
 from fastbeit.engine.cards import CARDS, Card
 
 LARGE = ModelConfig(width=1024, depth=24, num_heads=16, mlp_width=4096)

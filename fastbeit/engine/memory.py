@@ -125,12 +125,12 @@ def _held(config: VitConfig, num_weights: int, num_outputs: int, num_ranks: int,
 def _num_moments(config: VitConfig, num_weights: int) -> int:
     """Two a weight; Muon has one of the blocks' matrices."""
     D, F = config.model.width, config.model.mlp_width
-    is_muon = getattr(config.optim, "name", "adamw") == "muon"
+    is_muon = config.optim.name == "muon"
     return 2 * num_weights - is_muon * config.model.depth * (4 * D * D + 2 * D * F)
 
 
 def _average(config: VitConfig, weights: int, num_ranks: int) -> int:
-    if getattr(config.optim, "ema_decay", None) is None:
+    if config.optim.ema_decay is None:
         return 0
     is_shared = config.engine.name == "deepspeed" and config.engine.zero_stage == 3
     return weights // num_ranks if is_shared else weights

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.cores import num_cores
 from fastbeit.engine.launch import find_place
 from fastbeit.engine.sharded import is_sharded

@@ -13,7 +13,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fastbeit.config.sections import EngineConfig, OptimConfig
+from fastbeit.config.running import EngineConfig
+from fastbeit.config.sections import OptimConfig
 from fastbeit.engine import zero_state
 from fastbeit.engine.deepspeed_config import deepspeed_config, zero_section
 from fastbeit.engine.optimizer_state import read_state, write_state

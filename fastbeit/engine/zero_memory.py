@@ -18,7 +18,7 @@ copies after its backward is left out: the activations, which are more, are gone
 
 from dataclasses import dataclass
 
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.engine.zero_sizes import LIVE, bucket_sizes
 
 WEIGHT_BYTES = 4  # weights, gradients and moments are float32

@@ -10,7 +10,8 @@ import torch
 
 from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.read import as_saved
-from fastbeit.config.sections import DataConfig, KernelsConfig
+from fastbeit.config.running import KernelsConfig
+from fastbeit.config.sections import DataConfig
 from fastbeit.data.index.reader import Index
 from fastbeit.errors import CHECKPOINT_UNUSABLE, RunError
 from fastbeit.evaluate.finished_run import Moved, check_run, index_of, kept_weights, settings_of, trained_index

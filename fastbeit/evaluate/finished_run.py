@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import as_saved, read_saved
-from fastbeit.config.sections import KernelsConfig
+from fastbeit.config.running import KernelsConfig
 from fastbeit.data.index.given import INDICES, NAMES
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.loader import why_no_dali

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastbeit.config.sections import DataConfig, KernelsConfig
+from fastbeit.config.running import KernelsConfig
+from fastbeit.config.sections import DataConfig
 from fastbeit.errors import USAGE, RunError
 from fastbeit.model.classify import Classifier
 from fastbeit.model.vit import VisionTransformer

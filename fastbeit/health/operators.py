@@ -5,7 +5,7 @@ from typing import Any, get_args
 import torch
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import AttentionBackend
+from fastbeit.config.running import AttentionBackend
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.health.finding import Finding
 from fastbeit.health.packages import HOW_TO_GET, is_there

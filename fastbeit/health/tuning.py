@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import Kernels
+from fastbeit.config.running import Kernels
 from fastbeit.engine.protocol import compiles, compute_dtype
 from fastbeit.health.apart import answers_apart
 from fastbeit.health.finding import told

@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.data.index.given import opened
 from fastbeit.data.index.reader import Index
 from fastbeit.engine.ranks import device_of

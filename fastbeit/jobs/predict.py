@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.data.index.given import opened
 from fastbeit.data.index.reader import Index
 from fastbeit.engine.ranks import device_of

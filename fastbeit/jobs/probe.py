@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.data.index.given import opened
 from fastbeit.data.index.reader import Index
 from fastbeit.engine.protocol import compute_dtype

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbeit.config.sections import AttentionBackend, Size
+from fastbeit.config.running import AttentionBackend
+from fastbeit.config.sections import Size
 from fastbeit_kernels.backend import HAS_TRITON
 from fastbeit_kernels.relative_attention import refusal, relative_attention, relative_attention_reference
 

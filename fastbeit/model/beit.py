@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import Backend, Kernels, ModelConfig, Size
+from fastbeit.config.running import Backend, Kernels
+from fastbeit.config.sections import ModelConfig, Size
 from fastbeit.masking import UNUSED
 from fastbeit.model.attention import take
 from fastbeit.model.vit import NORM_EPS, VisionTransformer

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbeit.config.finetune import FinetuneConfig
-from fastbeit.config.sections import Backend, Kernels, ModelConfig, Size
+from fastbeit.config.running import Backend, Kernels
+from fastbeit.config.sections import ModelConfig, Size
 from fastbeit.engine.sharded import whole
 from fastbeit.model.vit import NORM_EPS, VisionTransformer
 from fastbeit_kernels.linear_cross_entropy import linear_cross_entropy

@@ -14,7 +14,7 @@ import torch
 
 from fastbeit.config.finetune import FinetuneConfig, VitConfig
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import AttentionBackend, Kernels, KernelsConfig
+from fastbeit.config.running import AttentionBackend, Kernels, KernelsConfig
 from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World
 from fastbeit.errors import ConfigError

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 import fastbeit
 from fastbeit.config.finetune import VitConfig
-from fastbeit.config.sections import KernelsConfig
+from fastbeit.config.running import KernelsConfig
 from fastbeit.engine.memory import expected_room, fewest, footprint
 from fastbeit.engine.protocol import compiles, compute_dtype
 from fastbeit.errors import CANNOT_CREATE, writing

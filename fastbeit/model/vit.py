@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastbeit.config.sections import Backend, Kernels, ModelConfig, Size
+from fastbeit.config.running import Backend, Kernels
+from fastbeit.config.sections import ModelConfig, Size
 from fastbeit.engine.sharded import whole
 from fastbeit.model.attention import Attention, RelativePositionBias, take
 from fastbeit_kernels.masked_embed import masked_embed, patchify

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.engine.protocol import compiles, compute_dtype
 from fastbeit.errors import RunError
 from fastbeit.model.kernels import Before

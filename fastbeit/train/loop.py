@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import fastbeit
-from fastbeit.config.sections import EngineConfig, LogConfig, OptimConfig
+from fastbeit.config.running import EngineConfig, LogConfig
+from fastbeit.config.sections import OptimConfig
 from fastbeit.data.batch import Batch
 from fastbeit.engine.fitting import Rehearsal, fitting_accumulate, out_of_memory_in_one_line
 from fastbeit.engine.protocol import compiled_before, compute_dtype, make_engine

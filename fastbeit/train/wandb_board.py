@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastbeit.config.sections import LogConfig
+from fastbeit.config.running import LogConfig
 from fastbeit.errors import ConfigError
 from fastbeit.files import write_whole
 

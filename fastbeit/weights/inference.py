@@ -8,7 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fastbeit.config.sections import Kernels, ModelConfig, Size
+from fastbeit.config.running import Kernels
+from fastbeit.config.sections import ModelConfig, Size
 from fastbeit.model.attention import relative_position_index
 from fastbeit.model.resize import BLOCK_TABLE, CLS_ROWS, SHARED_TABLE
 from fastbeit.model.vit import VisionTransformer

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbeit.config.sections import Kernels, ModelConfig, Size
+from fastbeit.config.running import Kernels
+from fastbeit.config.sections import ModelConfig, Size
 from fastbeit.errors import USAGE, RunError
 from fastbeit.model.vit import NORM_EPS, VisionTransformer
 

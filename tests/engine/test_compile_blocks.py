@@ -17,7 +17,7 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.exc import RecompileError
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.data.sampling import drop_path_keep
 from fastbeit.engine.protocol import compiled_before, compiles, make_engine
 from fastbeit.engine.ranks import World

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastbeit.config.read import configure
-from fastbeit.config.sections import EngineConfig, OptimConfig
+from fastbeit.config.running import EngineConfig
+from fastbeit.config.sections import OptimConfig
 from fastbeit.engine.deepspeed_config import DECIDED, FREE, deepspeed_config
 from fastbeit.errors import ConfigError
 

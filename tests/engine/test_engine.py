@@ -68,6 +68,24 @@ def single(run) -> Path:
             id="zero2-offload-accumulate",
             marks=pytest.mark.long,
         ),
+        pytest.param(
+            deepspeed,
+            [
+                "engine.name=deepspeed",
+                "engine.zero_stage=3",
+                "engine.offload=weights",
+                "optim.name=ds_cpu_adam",
+                "engine.device=cpu",
+            ],
+            id="zero3-offload-cpu-adam",  # whose operator is compiled, for some minutes
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            deepspeed,
+            ["engine.name=deepspeed", "engine.zero_stage=2", "engine.compile=on"],
+            id="zero2-compiled",
+            marks=pytest.mark.long,
+        ),
         pytest.param(deepspeed, ["engine.name=deepspeed", "engine.zero_stage=3"], id="zero3", marks=pytest.mark.long),
         pytest.param(torchrun, ["engine.name=ddp", "optim.accumulate=2"], id="ddp-accumulate"),
         pytest.param(torchrun, ["engine.name=ddp", "engine.compile=on"], id="ddp-compiled", marks=pytest.mark.long),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.engine import measured
 from fastbeit.engine.cards import CARDS, card_of
 from fastbeit.engine.forecast import ADAMW_BYTES, HOST_MEMORY, LINK_SHARE, StepTime, exchange_ms, offload_ms

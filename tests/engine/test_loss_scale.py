@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import configure
-from fastbeit.config.sections import EngineConfig, OptimConfig
+from fastbeit.config.running import EngineConfig
+from fastbeit.config.sections import OptimConfig
 from fastbeit.engine import loss_scale
 from fastbeit.engine.ddp import TorchEngine
 from fastbeit.engine.loss_scale import LossScale

@@ -10,7 +10,8 @@ import torch
 from benchmarks.memory import count_step, main, saved_bytes
 from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.pretrain import Config
-from fastbeit.config.sections import Kernels, ModelConfig
+from fastbeit.config.running import Kernels
+from fastbeit.config.sections import ModelConfig
 from fastbeit.engine.memory import Footprint, count_weights, footprint
 from fastbeit.engine.zero_sizes import bucket_sizes
 from fastbeit.model.beit import make_beit

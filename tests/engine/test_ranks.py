@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.engine.ranks import Verdict, World, start_world
 from fastbeit.errors import DataError, RunError
 from helpers.waiting import PATIENCE_S, finished
@@ -18,7 +18,7 @@ SCRIPT = """
 import json, sys, time
 import torch
 from torch import nn
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.engine import ranks
 from fastbeit.engine.ranks import World, stacked, start_world
 from fastbeit.errors import DataError, RunError

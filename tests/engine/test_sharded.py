@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.engine.ranks import World
 from fastbeit.engine.sharded import any_sharded, count_weights, cut, load_state, part_of, shape_of, whole
 from fastbeit.engine.zero import building, import_deepspeed

@@ -16,7 +16,7 @@ import json, sys
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.engine.ddp import TorchEngine
 from fastbeit.engine.ranks import start_world
 from fastbeit.process import leave

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import BeitForImageClassification, BeitModel
 
-from fastbeit.config.sections import Kernels, ModelConfig
+from fastbeit.config.running import Kernels
+from fastbeit.config.sections import ModelConfig
 from fastbeit.errors import USAGE, ConfigError
 from fastbeit.evaluate import pictures
 from fastbeit.evaluate.attention import Reference, attention_maps

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbeit.config.sections import Kernels, ModelConfig
+from fastbeit.config.running import Kernels
+from fastbeit.config.sections import ModelConfig
 from fastbeit.model.beit import Beit
 from fastbeit.train.checkpoint import save_checkpoint
 from fastbeit.weights.onnx import Exported

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.read import save_config
-from fastbeit.config.sections import Kernels
+from fastbeit.config.running import Kernels
 from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.index.scan import build_index
 from fastbeit.model.classify import Classifier

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastbeit.config.sections import EngineConfig, Kernels, ModelConfig, OptimConfig
+from fastbeit.config.running import EngineConfig, Kernels
+from fastbeit.config.sections import ModelConfig, OptimConfig
 from fastbeit.engine.protocol import make_engine
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.engine.sharded import is_sharded, load_state, shares_weights

@@ -12,7 +12,7 @@ import torch
 
 import fastbeit.jobs.pretrain
 from fastbeit.config.read import load_config
-from fastbeit.config.sections import Kernels, KernelsConfig
+from fastbeit.config.running import Kernels, KernelsConfig
 from fastbeit.data.index.scan import build_index
 from fastbeit.data.plans import Plans
 from fastbeit.engine import loss_scale

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
-from fastbeit.config.sections import AttentionBackend, KernelsConfig
+from fastbeit.config.running import AttentionBackend, KernelsConfig
 from fastbeit.model import attention as module
 from fastbeit.model.attention import (
     Attention,

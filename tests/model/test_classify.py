@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbeit.config.sections import Kernels, ModelConfig, OptimConfig
+from fastbeit.config.running import Kernels
+from fastbeit.config.sections import ModelConfig, OptimConfig
 from fastbeit.model.classify import ClassHead, Classifier
 from fastbeit.train.optim import make_optimizer, parameter_groups, set_learning_rate
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.huggingface import build_huggingface
-from fastbeit.config.sections import Kernels, MaskingConfig, ModelConfig
+from fastbeit.config.running import Kernels
+from fastbeit.config.sections import MaskingConfig, ModelConfig
 from fastbeit.masking import UNUSED, MaskRule, draw, label
 from fastbeit.model.beit import Beit
 from fastbeit.weights.huggingface import rename

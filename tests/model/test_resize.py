@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
-from fastbeit.config.sections import Kernels, ModelConfig
+from fastbeit.config.running import Kernels
+from fastbeit.config.sections import ModelConfig
 from fastbeit.model import resize
 from fastbeit.model.beit import Beit
 from fastbeit.model.resize import resize_positions, resize_table, resize_weights, share_out

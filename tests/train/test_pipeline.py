@@ -167,7 +167,7 @@ import json, sys
 import torch
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import configure
-from fastbeit.config.sections import EngineConfig
+from fastbeit.config.running import EngineConfig
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.errors import RunError
 from fastbeit.process import leave

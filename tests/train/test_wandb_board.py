@@ -11,7 +11,7 @@ import torch
 
 from fastbeit.config.pretrain import Config
 from fastbeit.config.read import load_config
-from fastbeit.config.sections import LogConfig
+from fastbeit.config.running import LogConfig
 from fastbeit.errors import ConfigError
 from fastbeit.jobs.pretrain import pretrain
 from fastbeit.train.log import RunLog

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from fastbeit.cli import main
-from fastbeit.config.sections import Kernels, ModelConfig
+from fastbeit.config.running import Kernels
+from fastbeit.config.sections import ModelConfig
 from fastbeit.errors import CHECKPOINT_UNUSABLE, USAGE
 from fastbeit.files import whole_folder
 from fastbeit.jobs.export import export

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastbeit.config.sections import Kernels, ModelConfig, Size
+from fastbeit.config.running import Kernels
+from fastbeit.config.sections import ModelConfig, Size
 from fastbeit.errors import ConfigError, WeightsError
 from fastbeit.model.classify import Classifier
 from fastbeit.weights import huggingface
