@@ -124,7 +124,8 @@ class Training:
 
     def turn(self, num_steps: int) -> Turn:
         laps = [self._lap() for _ in range(num_steps)]
-        return Turn(*(1e3 * median(figure) for figure in zip(*laps, strict=True)), peak_mib())
+        step_ms, cpu_ms, gradient_cpu_ms = (1e3 * median(seconds) for seconds in zip(*laps, strict=True))
+        return Turn(step_ms, cpu_ms, gradient_cpu_ms, peak_mib())
 
     def _lap(self) -> tuple[float, float, float]:
         """Seconds: of the clock, of the CPU, and of the CPU in forward and backward."""

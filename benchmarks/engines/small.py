@@ -2,8 +2,8 @@
 any arithmetic.
 
 What a step of it takes is what the host does for each tensor, operator and hook, however large they are. Matrices have
-a 256th of their weights, and so have the buffers of ZeRO-3 (`zero3.json`), so that it shares out, gathers and releases
-just the tensors that it would of BEiT-B.
+a 256th of their weights, and so have the buffers of ZeRO-3 (`zero3.json`): it shares out just the tensors that it would
+of BEiT-B, and gathers as many of them ahead.
 """
 
 from pathlib import Path
