@@ -92,7 +92,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engines",
         description=__doc__,
-        epilog="Takes some four minutes on two cores, a third of them to start 22 processes, and 4 GiB of memory.",
+        epilog="Takes three to four minutes on two cores, a third of it to start processes, and up to 5 GiB of RAM.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=9, help="in each of which every engine has a turn (9)")
