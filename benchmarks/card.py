@@ -93,6 +93,13 @@ def environment() -> dict[str, Any]:
     )
 
 
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
 def _versions() -> dict[str, str | None]:
     # PyTorch's own word names the CUDA that it was built for
     found: dict[str, str | None] = dict(python=platform.python_version(), torch=str(torch.__version__))

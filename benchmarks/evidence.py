@@ -22,7 +22,7 @@ from benchmarks.results import Row, markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results/cpu")
-DOCUMENTS = "README.md", "docs/evidence.md", "docs/data.md"
+DOCUMENTS = "README.md", "docs/evidence.md", "docs/data.md", "docs/distributed.md"
 # file of results, and the command that writes it with --json
 COMMANDS = {
     "data": "python -m benchmarks.data --only photos large tar",
@@ -34,6 +34,7 @@ COMMANDS = {
     "one_core": "python -m benchmarks.tokenizer --only encode --threads 1 --batch 4",
     "masks": "python -m benchmarks.masks",
     "moved": "TRITON_INTERPRET=1 python -m benchmarks.kernels.moved",
+    "engines": "python -m benchmarks.engines",
 }
 DEMO = "make demo"  # writes a file of results of its own
 JITTERS = "full_image", "crop"
@@ -209,6 +210,32 @@ def kernels(results: Results) -> list[list[str]]:
     ]
 
 
+def engines(results: Results) -> list[list[str]]:
+    """A row an engine, of `WIDE`."""
+
+    def cells(row: Row) -> list[str]:
+        twice = results.one("engines", "rows", engine=row["engine"], micro_batches=2)
+        times = f"{row['cpu_times']:.2f} ({row['cpu_low']:.2f} to {row['cpu_high']:.2f})"
+        own, clock = f"{row['own_cpu_ms']:.0f}", f"{row['step_ms']:.0f}"
+        memory = (f"{row[key]:,.0f}" for key in ("peak_mib", "imports_mib"))
+        cpu = f"{row['cpu_ms']:.0f}"
+        return [_engine_name(row["engine"]), cpu, times, f"{twice['cpu_times']:.2f}", own, clock, *memory]
+
+    return [cells(row) for row in results.rows("engines", "rows", micro_batches=1)]
+
+
+def _engine_name(engine: str) -> str:
+    return f"ZeRO-{engine[-1]}" if engine.startswith("zero") else f"`{engine}`"
+
+
+def zero(results: Results) -> list[list[str]]:
+    rows = [results.one("engines", "rows", engine=f"zero{stage}", micro_batches=1) for stage in range(4)]
+    figure = " / ".join(f"{row['cpu_times']:.2f}" for row in rows) + " times"
+    return [
+        ["CPU time of a step on one of two ranks over that of `ddp`: ZeRO-0 / 1 / 2 / 3", figure, COMMANDS["engines"]]
+    ]
+
+
 def summary(results: Results) -> list[list[str]]:
     """The README's."""
     names = {
@@ -226,7 +253,16 @@ TABLES = {
     "fidelity": fidelity,
     "tokenizer": tokenizer,
     "kernels": kernels,
+    "engines": engines,
+    "zero": zero,
     "summary": summary,
+}
+# headers of tables whose rows are not (what, figure, command)
+WIDE = {
+    "engines": (
+        *("engine", "CPU ms a step", "times `ddp` (quartiles)", "times, two micro-batches", "engine's own CPU ms"),
+        *("ms by the clock", "peak, MiB", "of it imports, MiB"),
+    )
 }
 
 
@@ -234,8 +270,12 @@ def filled(document: str, results: Results) -> str:
     """The document with its tables made anew."""
 
     def table(match: re.Match[str]) -> str:
-        rows = TABLES[match["name"]](results)
-        made = markdown(["what", "figure", "command"], ([what, figure, f"`{run}`"] for what, figure, run in rows))
+        name = match["name"]
+        rows = TABLES[name](results)
+        if name in WIDE:
+            made = markdown(WIDE[name], rows)
+        else:
+            made = markdown(["what", "figure", "command"], ([what, figure, f"`{run}`"] for what, figure, run in rows))
         return f"{match['begin']}\n{made}\n{match['end']}"
 
     begin, end = r"(?P<begin><!-- (?P<name>\w+): made by python -m benchmarks.evidence -->)", r"(?P<end><!-- end -->)"

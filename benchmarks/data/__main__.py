@@ -19,7 +19,6 @@ workers hold together after a turn. The photos are those of scikit-image, scikit
 import argparse
 import json
 import os
-import platform
 import tarfile
 import tempfile
 import time
@@ -36,7 +35,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.card import environment
+from benchmarks.card import cpu_name, environment
 from benchmarks.data import official
 from benchmarks.data.contestants import CONTESTANTS, Player, Task, Turn, masks_of, open_loader
 from benchmarks.data.host import AIM_IMG_PER_S, host
@@ -109,13 +108,6 @@ def make_indexes(args: argparse.Namespace, folder: Path) -> Row:
         for path in folder.glob("*.idx")
         if (of := open_index(path))
     }
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def compete(args: argparse.Namespace, tasks: list[Task]) -> list[Row]:

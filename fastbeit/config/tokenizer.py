@@ -169,8 +169,6 @@ class TokenizerTrainConfig(Section):
                 "optim.name=muon is for the matrices of a transformer's blocks, and a tokenizer has none; set "
                 "optim.name=adamw"
             )
-        if self.engine.name == "deepspeed":
-            wrong.append("engine.name=deepspeed does not train tokenizers; set engine.name=ddp")
         if self.engine.compile == "on":
             wrong.append("engine.compile=on is for pre-training; leave it out")
         if self.engine.checkpoint_blocks:

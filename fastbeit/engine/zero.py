@@ -58,6 +58,10 @@ class DeepSpeedEngine:
             num_weights=count_weights(model),
             on_cuda=world.device.type == "cuda",
         )
+        for parameter in model.parameters():
+            # DeepSpeed views weights as they lie in memory, which for a tokenizer's is channels last
+            if not parameter.is_contiguous() or parameter.stride(-1) != 1:
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         try:
             self.engine, wrapped, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self.configuration

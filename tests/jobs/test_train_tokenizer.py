@@ -258,7 +258,6 @@ def test_another_training_in_the_same_place_is_refused(photos, tmp_path):
         ({"model__n_hid": 10}, "multiple of 4"),
         ({"engine__compile": True}, "engine.compile=on is for pre-training"),
         ({"engine__checkpoint_blocks": True}, "engine.checkpoint_blocks=true is for pre-training"),
-        ({"engine__name": "deepspeed"}, "engine.name=deepspeed does not train tokenizers"),
         ({"optim__steps": 0}, "greater than or equal to 1"),
     ],
 )
