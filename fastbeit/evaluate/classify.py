@@ -13,10 +13,11 @@ from fastbeit.config.sections import DataConfig
 from fastbeit.data.index.reader import Index
 from fastbeit.data.labelled import make_eval_loader
 from fastbeit.engine.ranks import World
-from fastbeit.errors import DATA_MISSING, ConfigError, DataError, RunError
+from fastbeit.errors import DATA_MISSING, ConfigError, DataError
 from fastbeit.model.classify import Classifier
 from fastbeit.plural import counted
-from fastbeit.train.stop import Stop, StopWanted
+from fastbeit.train.stop import Stop
+from fastbeit.train.together import together
 
 MAX_BATCH = 64  # images a rank looks at together, in float32: of BEiT-L at 512 pixels some 3 GB
 TOP = 5
@@ -76,13 +77,13 @@ def classify(
         RunError: none of the images is valid, they are gone, or have no label or an unknown one; on all ranks.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-    count, num_bad, error = 0, 0, None
-    try:
+    count, num_bad = 0, 0
+    with together(world, stop):
         rows = check_classes(index, classes).to(world.device)
         loader = make_eval_loader(
             data, index, batch_size=MAX_BATCH * world.size, rank=world.rank, world_size=world.size
         )
-        with contextlib.suppress(StopWanted), contextlib.closing(loader), stop.interrupts():
+        with contextlib.closing(loader):
             for batch in loader:
                 num_bad += len(batch.bad)
                 if not len(batch.images):
@@ -90,13 +91,6 @@ def classify(
                 assert batch.labels is not None
                 sums += _judge(model.logits(batch.images.to(world.device)), rows[batch.labels.to(world.device)])
                 count += len(batch.images)
-    except RunError as err:
-        error = err
-    now = world.agree(stop=stop.wanted, save=False, bad=[], error=error)
-    if now.error:
-        raise now.error
-    if now.stops:
-        raise StopWanted
     top1, top5, loss, count, bad = world.sum([*sums.tolist(), count, num_bad])
     if not count:
         raise DataError(f"none of the {len(index)} images of '{index.location}' is valid", DATA_MISSING)

@@ -4,7 +4,6 @@ The yardstick is the unigram baseline: the cross-entropy of the images' tokens u
 tokens, the loss of a model that sees no image.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,12 +17,12 @@ from fastbeit.data.batch import Batch
 from fastbeit.data.index.reader import Index
 from fastbeit.data.loader import make_loader
 from fastbeit.engine.ranks import World
-from fastbeit.errors import RunError
 from fastbeit.model.beit import Beit
 from fastbeit.tokenizer.protocol import Tokenizer
 from fastbeit.tokenizer.quality import word_usage
 from fastbeit.tokenizer.source import visual_tokens
-from fastbeit.train.stop import Stop, StopWanted
+from fastbeit.train.stop import Stop
+from fastbeit.train.together import together
 
 MAX_BATCH = 256  # images a rank looks at together
 SMOOTHING = 0.5  # added to each word's count, so that an unseen word costs much but not everything
@@ -83,26 +82,17 @@ def evaluate(
     histogram = torch.zeros(tokenizer.vocab_size if tokenizer else 0, dtype=torch.int64, device=world.device)
     num_predicted, seed = 0, held_out_seed(config)
     rule = replace(masking.rule_of(config), seed=seed)
-    error = None
-    try:
-        with contextlib.suppress(StopWanted), stop.interrupts():
-            for batch in batches_of(config, index, world, num_crops, token_size, seed):
-                samples = batch.epoch.to(world.device), batch.sample.to(world.device)
-                slots = masking.draw(rule, *samples)
-                tokens = visual_tokens(tokenizer, batch, world.device)
-                labels = masking.label(slots, None if tokens is None else tokens.gather(1, slots.predict_idx))
-                loss_sum, num_correct = model(batch.images.to(world.device), slots.masked, slots.predict_idx, labels)
-                sums += torch.stack([loss_sum.double(), num_correct.double()])
-                num_predicted += int((labels != masking.UNUSED).sum())
-                if tokens is not None:
-                    histogram += torch.bincount(tokens.flatten(), minlength=len(histogram))
-    except RunError as err:
-        error = err
-    now = world.agree(stop=stop.wanted, save=False, bad=[], error=error)
-    if now.error:
-        raise now.error
-    if now.stops:
-        raise StopWanted
+    with together(world, stop):
+        for batch in batches_of(config, index, world, num_crops, token_size, seed):
+            samples = batch.epoch.to(world.device), batch.sample.to(world.device)
+            slots = masking.draw(rule, *samples)
+            tokens = visual_tokens(tokenizer, batch, world.device)
+            labels = masking.label(slots, None if tokens is None else tokens.gather(1, slots.predict_idx))
+            loss_sum, num_correct = model(batch.images.to(world.device), slots.masked, slots.predict_idx, labels)
+            sums += torch.stack([loss_sum.double(), num_correct.double()])
+            num_predicted += int((labels != masking.UNUSED).sum())
+            if tokens is not None:
+                histogram += torch.bincount(tokens.flatten(), minlength=len(histogram))
     loss, correct, count, *words = world.sum([*sums.tolist(), num_predicted, *histogram.tolist()])
     return Evaluation(loss / max(count, 1), correct / max(count, 1), int(count), torch.tensor(words).long())
 

@@ -4,7 +4,6 @@ Several ranks share the images, and say the same in the end.
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +16,14 @@ from fastbeit.data.index.reader import Index, open_index
 from fastbeit.data.labelled import check_labels, make_eval_loader
 from fastbeit.data.progress import Progress
 from fastbeit.engine.ranks import World
-from fastbeit.errors import ConfigError, DataError, RunError
+from fastbeit.errors import ConfigError, DataError
 from fastbeit.evaluate.classify import rows_of
 from fastbeit.evaluate.features import Kind, features_of
 from fastbeit.evaluate.knn import K, Neighbours, joined, nearest, num_right
 from fastbeit.model.vit import VisionTransformer
 from fastbeit.plural import counted
-from fastbeit.train.stop import Stop, StopWanted
+from fastbeit.train.stop import Stop
+from fastbeit.train.together import together
 
 MAX_BATCH = 256  # images a rank looks at together
 
@@ -115,27 +115,6 @@ def extract(
             if progress:
                 progress.advance(len(batch.images) + len(batch.bad), len(batch.bad))
     return Cached(values[:count], torch.cat(found) if found else torch.empty(0, dtype=torch.int64), num_bad)
-
-
-@contextlib.contextmanager
-def together(world: World, stop: Stop) -> Iterator[None]:
-    """What a rank meets in this context all ranks hear of at its end, before any waits for another.
-
-    Raises:
-        StopWanted: a rank was asked to stop.
-        RunError: of the first rank that met one.
-    """
-    error = None
-    try:
-        with contextlib.suppress(StopWanted), stop.interrupts():
-            yield
-    except RunError as err:
-        error = err
-    now = world.agree(stop=stop.wanted, save=False, bad=[], error=error)
-    if now.error:
-        raise now.error
-    if now.stops:
-        raise StopWanted
 
 
 @dataclass(frozen=True)

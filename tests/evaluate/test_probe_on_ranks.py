@@ -15,6 +15,7 @@ from fastbeit.evaluate import probe
 from fastbeit.evaluate.frozen import ModelSource, open_frozen
 from fastbeit.evaluate.probe import Cached, classes_of, extract, knn, strange
 from fastbeit.train.stop import Stop, StopWanted
+from fastbeit.train.together import together
 from helpers import photos
 from helpers.dialects import WIDTH, pretrained_run
 from helpers.labelled import write_classes
@@ -85,7 +86,7 @@ def test_a_stop_or_an_error_of_one_rank_ends_it_on_all(place, monkeypatch):
 
     def failed(world: World):
         with pytest.raises(RunError, match="the disk is gone") as caught:
-            with probe.together(world, Stop()):
+            with together(world, Stop()):
                 if world.rank == 2:
                     raise DataError("the disk is gone")
         return caught.value.exit_code
