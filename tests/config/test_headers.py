@@ -18,6 +18,10 @@ IN1K, IN22K = 1_281_167, 14_197_122  # images
 # of each config: images, a kind of GPU and numbers of them, and what the memory is said for
 H100S = "h100", (1, 8, 16), ["--ranks", "8"]
 HEADERS = {
+    "beit_base_in1k": (IN1K, *H100S),
+    "beit_large_in1k": (IN1K, *H100S),
+    "beit_small": (IN1K, "h100", (1, 8, 16), ["--ranks", "1"]),
+    "beit_tiny": (IN1K, "h100", (1, 8, 16), ["--ranks", "1"]),
     "beit_base_in22k": (IN22K, *H100S),
     "beit_large_in22k": (IN22K, *H100S),
     "beit_base_paper": (IN1K, *H100S),

@@ -61,7 +61,7 @@ def single(run) -> Path:
 @pytest.mark.parametrize(
     "launcher, overrides",
     [
-        pytest.param(deepspeed, ["engine.name=deepspeed"], id="zero1"),
+        pytest.param(deepspeed, ["engine.name=deepspeed"], id="zero1", marks=pytest.mark.long),
         pytest.param(
             deepspeed,
             ["engine.name=deepspeed", "engine.zero_stage=2", "engine.offload=optimizer", "optim.accumulate=2"],
