@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ DECIDED = {
     "torch_autocast": "engine.precision",
     "bf16": "engine.precision",
     "fp16": "engine.precision",
+    "communication_data_type": "engine.precision",
     "data_types": "engine.precision",
     "zero_force_ds_cpu_optimizer": "optim.name",
     "zero_allow_untested_optimizer": "optim.name",
@@ -38,18 +40,14 @@ DECIDED = {
     "zero_optimization.offload_param.device": "engine.offload",
 }
 # What a user may set besides: how ranks talk, how large buffers are, what DeepSpeed says. Nothing that changes what a
-# step computes, or how its state is shared out.
+# step computes, but for the order of sums, or how its state is shared out.
 FREE = {
     "": {
         "zero_optimization": dict,
         "comms_logger": dict,
-        "communication_data_type": str,
         "dump_state": bool,
         "flops_profiler": dict,
-        "gradient_predivide_factor": float,
         "memory_breakdown": bool,
-        "prescale_gradients": bool,
-        "steps_per_print": int,
         "wall_clock_breakdown": bool,
     },
     "zero_optimization": {
@@ -97,6 +95,7 @@ def deepspeed_config(
     dtype: torch.dtype,
     num_weights: int,
     on_cuda: bool,
+    theirs: dict[str, Any],
 ) -> dict[str, Any]:
     """What DeepSpeed is given.
 
@@ -107,9 +106,7 @@ def deepspeed_config(
         accumulate: micro-batches a step.
         dtype: of activations.
         num_weights: parameters of the model; no buffer need be larger.
-
-    Raises:
-        ConfigError: `engine.deepspeed_config` is no JSON object, or has keys that fastbeit decides or does not know.
+        theirs: as `read_theirs` gives it.
     """
     ours = {
         "train_batch_size": optim.batch_size,
@@ -126,7 +123,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": NEVER,
     }
-    return _merged(ours, _read(settings.deepspeed_config)) if settings.deepspeed_config else ours
+    return merged(ours, theirs)
 
 
 def zero_section(settings: EngineConfig, on_cuda: bool) -> dict[str, Any]:
@@ -142,7 +139,14 @@ def zero_section(settings: EngineConfig, on_cuda: bool) -> dict[str, Any]:
     return zero
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_theirs(path: str) -> dict[str, Any]:
+    """What a user adds, in the file `engine.deepspeed_config`; nothing where there is none.
+
+    Raises:
+        ConfigError: it is no JSON object, or has keys that fastbeit decides or does not know.
+    """
+    if not path:
+        return {}
     wanted = "wanted a JSON file with one object"
     try:
         with Path(path).open("rb") as file:
@@ -186,28 +190,20 @@ def _problems(found: dict[str, Any], place: str):
             yield from _problems(value, key)
 
 
-_KINDS = {
-    dict: "an object",
-    str: "a text",
-    bool: "true or false",
-    int: "a whole number from 0 on",
-    float: "a number above 0",
-}
+_KINDS = {dict: "an object", str: "a text", bool: "true or false", int: "a whole number from 0 on"}
 
 
 def _is_a(value: Any, kind: type) -> bool:
     if kind is int:
         # DeepSpeed's own files write 5e8
-        return type(value) in (int, float) and value >= 0 and value == int(value)
-    if kind is float:
-        return type(value) in (int, float) and value > 0
+        return type(value) in (int, float) and math.isfinite(value) and value >= 0 and value == int(value)
     return type(value) is kind
 
 
-def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Their values in ours; objects are merged key by key."""
-    merged = dict(ours)
+    both = dict(ours)
     for key, value in theirs.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+        is_section = isinstance(value, dict) and isinstance(both.get(key), dict)
+        both[key] = merged(both[key], value) if is_section else value
+    return both

@@ -66,6 +66,9 @@ def _of_launcher(env: Mapping[str, str]) -> Place:
     port = _port(env)
     size = _number(env, "WORLD_SIZE", 1)
     rank = _number(env, "RANK", 0, size, f"WORLD_SIZE={size}")
+    if size > 1:
+        remedy = "start it by torchrun, deepspeed or srun, or set it to the number of this process on its machine"
+        _text(env, "LOCAL_RANK", ["RANK"], remedy)
     return Place(rank, size, _number(env, "LOCAL_RANK", 0), _local_size(env, size), env["MASTER_ADDR"], port)
 
 

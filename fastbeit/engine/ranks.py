@@ -169,12 +169,18 @@ def start_world(engine: EngineConfig) -> World:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, num_cores() // place.local_size))
-    if not place.master_addr:
+    backend, alone = "nccl" if on_cuda else "gloo", not place.master_addr
+    if alone and engine.name != "deepspeed":
         return World(place.rank, place.size, device)
-    if "RANK" not in os.environ:
-        os.environ.update(place.variables())  # SLURM's are other ones than those that PyTorch and DeepSpeed read
+    # SLURM's are other ones than those that PyTorch and DeepSpeed read
+    os.environ.update(place.variables())
     try:
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+        if alone:
+            # DeepSpeed wants a group, also of one
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT)
         host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as err:
         where = f"{place.master_addr}:{place.master_port}"

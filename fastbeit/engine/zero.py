@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastbeit.config.running import EngineConfig
 from fastbeit.config.sections import OptimConfig
 from fastbeit.engine import zero_state
-from fastbeit.engine.deepspeed_config import deepspeed_config, zero_section
+from fastbeit.engine.deepspeed_config import deepspeed_config, merged, read_theirs, zero_section
 from fastbeit.engine.optimizer_state import read_state, write_state
 from fastbeit.engine.ranks import TIMEOUT, World
 from fastbeit.engine.sharded import count_weights, shares_weights
@@ -42,10 +42,6 @@ class DeepSpeedEngine:
         world: World,
         dtype: torch.dtype,
     ) -> None:
-        if world.host_group is None:
-            raise RunError(
-                "engine.name=deepspeed wants the launcher: deepspeed --num_gpus N --module fastbeit pretrain ...", USAGE
-            )
         deepspeed = import_deepspeed(world.device)
         self.model, self.world, self.clip_grad = model, world, optim.clip_grad
         self.client, self.is_shared = optimizer, settings.zero_stage > 0
@@ -57,6 +53,7 @@ class DeepSpeedEngine:
             dtype=dtype,
             num_weights=count_weights(model),
             on_cuda=world.device.type == "cuda",
+            theirs=_theirs(settings, world),
         )
         for parameter in model.parameters():
             # DeepSpeed views weights as they lie in memory, which for a tokenizer's is channels last
@@ -106,13 +103,30 @@ class DeepSpeedEngine:
 
 def building(settings: EngineConfig, world: World) -> AbstractContextManager[Any]:
     """Where a model is made: under ZeRO-3 each module's parameters are shared out as soon as it is there."""
-    if not shares_weights(settings) or world.host_group is None:
+    if not shares_weights(settings):
         return contextlib.nullcontext()
     deepspeed = import_deepspeed(world.device)
     # told by a configuration: where its argument `dtype` is used, DeepSpeed 0.19.8 takes 16 bits all the same
     batch = {"train_batch_size": world.size, "train_micro_batch_size_per_gpu": 1}
-    zero = zero_section(settings, on_cuda=world.device.type == "cuda")
-    return deepspeed.zero.Init(config_dict_or_path=batch | {"zero_optimization": zero})
+    zero = {"zero_optimization": zero_section(settings, on_cuda=world.device.type == "cuda")}
+    return deepspeed.zero.Init(config_dict_or_path=batch | merged(zero, _theirs(settings, world)))
+
+
+def check_deepspeed(settings: EngineConfig, world: World) -> None:
+    """What would be refused when the engine is made is refused at the start; all ranks must call it.
+
+    Raises:
+        RunError: no DeepSpeed, or one that is too old (2).
+        ConfigError: what `engine.deepspeed_config` adds cannot be taken; on all ranks.
+    """
+    if settings.name == "deepspeed":
+        import_deepspeed(world.device)
+        _theirs(settings, world)
+
+
+def _theirs(settings: EngineConfig, world: World) -> dict[str, Any]:
+    """What rank 0 reads, on all ranks: the file need not be on every machine."""
+    return world.from_first(lambda: read_theirs(settings.deepspeed_config))
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -120,6 +134,7 @@ def import_deepspeed(device: torch.device) -> Any:
     Raises:
         RunError: DeepSpeed is missing, or older than `FLOOR`.
     """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     # of the groups of ranks that it makes itself, in minutes
     os.environ.setdefault("DEEPSPEED_TIMEOUT", str(TIMEOUT // timedelta(minutes=1)))
     try:

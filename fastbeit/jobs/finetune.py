@@ -30,6 +30,7 @@ from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.engine.sharded import count_weights
 from fastbeit.engine.work import step_flops
+from fastbeit.engine.zero import check_deepspeed
 from fastbeit.errors import DATA_MISSING, DONE, ConfigError, RunError
 from fastbeit.evaluate.classify import check_classes, classify
 from fastbeit.model.classify import Classifier, make_classifier
@@ -66,6 +67,7 @@ def finetune(config: FinetuneConfig, command: list[str]) -> int:
     out, checkpoints = Path(config.out), Path(config.out) / "checkpoints"
     world = start_world(config.engine)
     check_batch(config.optim, world)
+    check_deepspeed(config.engine, world)
     config, pipeline = settle_pipeline(config, world, out, None)
     with world.within_first(lambda: claim(out, config)):
         is_fresh = not newest_first(checkpoints)

@@ -26,6 +26,7 @@ from fastbeit.engine.protocol import compute_dtype
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.engine.sharded import count_weights
 from fastbeit.engine.work import step_flops
+from fastbeit.engine.zero import check_deepspeed
 from fastbeit.errors import DATA_MISSING, ConfigError, RunError
 from fastbeit.evaluate.masked import evaluate
 from fastbeit.evaluate.probe import open_probe
@@ -63,6 +64,7 @@ def pretrain(config: Config, command: list[str]) -> int:
     began = time.perf_counter()
     world = start_world(config.engine)
     check_batch(config.optim, world)
+    check_deepspeed(config.engine, world)
     tokens = Path(config.data.tokens) if config.data.tokens else None
     config, pipeline = settle_pipeline(config, world, Path(config.out), tokens)
     out, checkpoints = Path(config.out), Path(config.out) / "checkpoints"

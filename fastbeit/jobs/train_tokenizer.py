@@ -23,6 +23,7 @@ from fastbeit.data.to_device import on_device
 from fastbeit.engine.fitting import Rehearsal
 from fastbeit.engine.ranks import World, start_world
 from fastbeit.engine.sharded import count_weights, whole
+from fastbeit.engine.zero import check_deepspeed
 from fastbeit.errors import DONE, PREEMPTED, TokenizerError
 from fastbeit.plural import counted
 from fastbeit.tokenizer.disk import load_tokenizer, save_tokenizer
@@ -62,6 +63,7 @@ def train_tokenizer(
     images = DataConfig().model_copy(update={"index": str(source), "val_index": str(val_source or "")})
     world = start_world(config.engine)
     check_batch(config.optim.whole, world)
+    check_deepspeed(config.engine, world)
     config, pipeline = settle_pipeline(config, world, out, None)
     levels = config.data.levels
     with world.within_first(lambda: claim(out, config)):
@@ -73,9 +75,10 @@ def train_tokenizer(
             world.barrier()
             outcome = train(task, config, world, out, stop, command)
             code = outcome.exit_code
-            with outcome.kept() as model:
-                if code == DONE and world.rank == 0:
-                    code = _finish(task, model, outcome, out, stop, command)
+            if code == DONE:
+                with outcome.kept() as model:
+                    if world.rank == 0:
+                        code = _finish(task, model, outcome, out, stop, command)
     world.leave()
     return code
 

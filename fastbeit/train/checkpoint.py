@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -89,19 +90,29 @@ class Saver:
         return self._changes | compared(self._state.get("versions", {}) | self._state.get("ran", {}), ran)
 
     def save(self, step: int, engine: Engine, model: nn.Module, average: Average, known: dict[str, Any]) -> None:
-        """Write a checkpoint of this step; all ranks must call it."""
-        weights, moments = state_of(model) | average.weights(), engine.optimizer_state()
+        """Write a checkpoint of this step; all ranks must call it.
+
+        Raises:
+            RunError: the disk is full or not writable (74); on all ranks.
+        """
+        weights, moments, error = state_of(model) | average.weights(), engine.optimizer_state(), None
         if self.world.rank:
             take_part(weights)
             take_part(moments)
         else:
             state = {**self.origin, "config": self.config.model_dump(mode="json"), **known}
-            written = save_checkpoint(self.folder, step, weights, moments, state)
-            self._good.add(written)
-            best = {self.folder / _name(self._best["step"])} if self._best else set()
-            prune(self.folder, self.keep, self._good, {written, *self._resumed, *best})
-        self.world.barrier()
+            try:
+                self._written(save_checkpoint(self.folder, step, weights, moments, state))
+            except RunError as err:
+                error = err
+        if error := self.world.agree(stop=False, save=False, bad=[], error=error).error:
+            raise error
         self.last_checkpoint, self.last_step = self.folder / _name(step), step
+
+    def _written(self, path: Path) -> None:
+        self._good.add(path)
+        best = {self.folder / _name(self._best["step"])} if self._best else set()
+        prune(self.folder, self.keep, self._good, {path, *self._resumed, *best})
 
     def judge(self, step: int, figure: str, value: float, judged_by: str | None) -> None:
         """Of the checkpoint of this step; the best one stays when older ones are dropped, of equals the first.
@@ -150,7 +161,7 @@ class Saver:
         """An error in this context is one of a checkpoint that does not fit the model."""
         try:
             yield
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, dist.DistError):
             raise
         except (RuntimeError, KeyError, StopIteration) as err:
             problem = (str(err) or type(err).__name__).splitlines()[0]
@@ -169,11 +180,12 @@ def save_checkpoint(folder: Path, step: int, model: Tensors, optimizer: Tensors,
     """
     final = folder / _name(step)
     aside = folder / f".tmp-{final.name}.{os.getpid()}"
+    unwritten = [model, optimizer]
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        write_tensors(aside / MODEL, model)
-        write_tensors(aside / OPTIMIZER, optimizer)
+        for name in (MODEL, OPTIMIZER):
+            write_tensors(aside / name, unwritten.pop(0))
         (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
@@ -185,6 +197,8 @@ def save_checkpoint(folder: Path, step: int, model: Tensors, optimizer: Tensors,
         _remove(final)
         move_folder(aside, final)
     except (OSError, SafetensorError) as err:
+        for tensors in unwritten:
+            take_part(tensors)
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"checkpoint of step {step} cannot be written to '{folder}': {err}", CANNOT_WRITE) from err
     return final

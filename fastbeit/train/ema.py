@@ -53,10 +53,10 @@ class Average:
         if not any_sharded(self.source):
             yield self._model or self.source
             return
-        with torch.random.fork_rng(devices=[]):
-            model = make_model()
         parameters = dict(self.source.named_parameters())
-        model.to(next(iter(parameters.values())).device)
+        with torch.device("meta"):
+            model = make_model()
+        model.to_empty(device=next(iter(parameters.values())).device)
         for name, parameter in model.named_parameters():
             source = parameters[name]
             parameter.copy_(joined(self._parts.get(name, part_of(source)), source))

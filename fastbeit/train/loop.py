@@ -211,8 +211,7 @@ def train(task: Task, config: TaskConfig, world: World, out: Path, stop: Stop, c
     if world.rank == 0:
         # every check has passed: from here on there are traces of this start
         keep_config(out, config)
-        if engine.configuration:
-            keep_deepspeed_config(out, engine.configuration)
+        keep_deepspeed_config(out, engine.configuration)
     bad_samples = BadSamples(out / "bad_samples.jsonl", task.num_images, writes=world.rank == 0, anew=step == 0)
     with (
         out_of_memory_in_one_line(fit.remedy),

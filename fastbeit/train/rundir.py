@@ -65,14 +65,20 @@ def keep_config(out: Path, config: Any) -> None:
     _begun.add(out)
 
 
-def keep_deepspeed_config(out: Path, configuration: dict[str, Any]) -> None:
-    """Write what DeepSpeed was given, for the user to read; no part of the run reads it.
+def keep_deepspeed_config(out: Path, configuration: dict[str, Any] | None) -> None:
+    """Write what DeepSpeed is given, for the user to read; no part of the run reads it.
+
+    Args:
+        configuration: None: this part of the run has no DeepSpeed.
 
     Raises:
         RunError: it cannot be written (74).
     """
     with writing(f"'{out / 'deepspeed.json'}'"):
-        write_whole(out / "deepspeed.json", json.dumps(configuration, indent=1) + "\n")
+        if configuration:
+            write_whole(out / "deepspeed.json", json.dumps(configuration, indent=1) + "\n")
+        else:
+            (out / "deepspeed.json").unlink(missing_ok=True)
 
 
 _begun: set[Path] = set()  # directories of runs that this process has begun: all that is in them is kept

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from fastbeit.engine.streamed import Tensors, in_order, read
+from fastbeit.engine.streamed import Tensors, in_order, read, take_part
 from fastbeit.files import do_without
 
 NAMES = {
@@ -34,7 +34,7 @@ ALIGNMENT = 8  # of the first tensor
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Write a file; other ranks `take_part` in what is streamed.
+    """Write a file; other ranks `take_part` in what is streamed, all of which is read, also where writing fails.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -46,12 +46,18 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in ordered:
-            value = read(tensor).contiguous()
-            assert value.shape == tuple(tensor.shape) and value.dtype == tensor.dtype
-            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+    unread = ordered[::-1]
+    try:
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            while unread:
+                _, tensor = unread.pop()
+                value = read(tensor).contiguous()
+                assert value.shape == tuple(tensor.shape) and value.dtype == tensor.dtype
+                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+    except OSError:
+        take_part(dict(unread))
+        raise
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -9,13 +9,14 @@ import torch
 from fastbeit.config.read import configure
 from fastbeit.config.running import EngineConfig
 from fastbeit.config.sections import OptimConfig
-from fastbeit.engine.deepspeed_config import DECIDED, FREE, deepspeed_config
+from fastbeit.engine.deepspeed_config import DECIDED, FREE, deepspeed_config, read_theirs
 from fastbeit.errors import ConfigError
 
 
 def made(stage: int = 1, clip: float = 3.0, **engine) -> dict:
     settings = EngineConfig.model_validate({"name": "deepspeed", "zero_stage": stage, **engine})
     sizes = {"accumulate": 2, "num_ranks": 4, "num_weights": 1000, "on_cuda": False}
+    sizes["theirs"] = read_theirs(settings.deepspeed_config)
     optim = OptimConfig(batch_size=64, clip_grad=clip)
     return deepspeed_config(settings, optim, dtype=torch.bfloat16, **sizes)
 
@@ -64,7 +65,7 @@ def test_deepspeed_takes_every_key_that_a_user_may_set():
 
 def test_a_users_keys_are_merged(with_json):
     given = {"zero_optimization": {"reduce_bucket_size": 5e7, "overlap_comm": True}, "wall_clock_breakdown": True}
-    config = with_json(given | {"flops_profiler": {"enabled": True}, "gradient_predivide_factor": 2})
+    config = with_json(given | {"flops_profiler": {"enabled": True}, "memory_breakdown": True})
     assert config["zero_optimization"]["stage"] == 1 and config["zero_optimization"]["reduce_bucket_size"] == 5e7
     assert config["zero_optimization"]["overlap_comm"] is True and config["wall_clock_breakdown"] is True
     assert config["flops_profiler"] == {"enabled": True} and config["gradient_clipping"] == 3.0
@@ -95,6 +96,9 @@ def test_what_fastbeit_decides_is_refused_by_name(with_json, key):
         ({"wall_clock_breakdown": 1}, "wall_clock_breakdown wants true or false; got 1"),
         ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, 'reduce_bucket_size wants a whole number .* got "5e8"'),
         ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size wants a whole number"),
+        ('{"zero_optimization": {"sub_group_size": Infinity}}', "sub_group_size wants a whole number"),
+        ('{"zero_optimization": {"sub_group_size": 1e400}}', "sub_group_size wants a whole number"),
+        ({"steps_per_print": 0}, "steps_per_print is not a key that fastbeit passes on"),
         ({"zero_optimization": {"zero_hpz_partition_size": 2}}, "zero_hpz_partition_size is not a key"),
         ({"zero_optimization": {"offload_optimizer": {"nvme_path": "/x"}}}, "offload_optimizer.nvme_path is not a key"),
         ([], "holds a list; wanted a JSON file with one object"),

@@ -116,6 +116,17 @@ def test_deepspeeds_adamw_trains_as_pytorchs_does(run, stage, offload):
     assert losses(out) == pytest.approx(losses(whole), abs=1e-4)
 
 
+def test_deepspeed_runs_without_a_launcher(run, single):
+    """As on one GPU that has too little memory for a model."""
+    overrides = ["engine.name=deepspeed", "engine.zero_stage=2", "engine.offload=optimizer", "optim.steps=10"]
+    out = run("alone", single_process, *overrides, "log.save_every=5")
+    assert losses(out) == pytest.approx(losses(single), abs=1e-4)
+    # of a run that goes on without DeepSpeed nothing says otherwise
+    assert (out / "deepspeed.json").is_file()
+    run("alone", single_process, "optim.steps=11", "log.save_every=5")
+    assert not (out / "deepspeed.json").exists()
+
+
 def test_a_checkpoint_goes_on_under_any_engine(run, single):
     """Whole tensors by name, whatever the engine: DDP's goes on under ZeRO-3, then ZeRO-1, then in one process."""
 
@@ -132,6 +143,8 @@ def test_a_checkpoint_goes_on_under_any_engine(run, single):
     part(deepspeed, "engine.name=deepspeed", "engine.zero_stage=3", "engine.offload=weights")
     back_to(out, 6)
     part(deepspeed, "engine.name=deepspeed", "engine.zero_stage=1")
+    configuration = json.loads((out / "deepspeed.json").read_text())
+    assert configuration["zero_optimization"]["stage"] == 1 and configuration["gradient_clipping"] == 3.0
     back_to(out, 9)
     part(single_process)
     # what a part did again is logged once: steps 1 to 3 are DDP's, 4 to 6 ZeRO-3's, 7 to 9 ZeRO-1's
@@ -140,8 +153,6 @@ def test_a_checkpoint_goes_on_under_any_engine(run, single):
     found, wanted = (load_model(resolve_checkpoint(one)) for one in (out, single))
     assert any(name.startswith(PREFIX) for name in wanted)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
-    configuration = json.loads((out / "deepspeed.json").read_text())
-    assert configuration["zero_optimization"]["stage"] == 1 and configuration["gradient_clipping"] == 3.0
 
 
 @pytest.mark.parametrize(

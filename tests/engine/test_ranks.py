@@ -12,7 +12,8 @@ from fastbeit.engine.ranks import Verdict, World, start_world
 from fastbeit.errors import DataError, RunError
 from helpers.waiting import PATIENCE_S, finished
 
-HERE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+THERE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+HERE = THERE | {"LOCAL_RANK": "0"}
 
 SCRIPT = """
 import json, sys, time
@@ -143,6 +144,7 @@ def threads_stay():
         ({"LOCAL_RANK": "1"}, "^RANK is not set, but LOCAL_RANK=1 is"),
         ({"RANK": "0"}, "^WORLD_SIZE is not set, but RANK=0 is"),
         ({"RANK": ""}, "^RANK is empty; start"),
+        (THERE, "^LOCAL_RANK is not set, but RANK=0 is; .* or set it to the number of this process on its machine"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, "^MASTER_ADDR is not set, but RANK=0 is"),
         ({**HERE, "RANK": "2"}, "^RANK='2', wanted a number below WORLD_SIZE=2"),
         ({**HERE, "RANK": "-1"}, "^RANK='-1', wanted"),

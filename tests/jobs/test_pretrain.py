@@ -230,7 +230,6 @@ def test_another_tokenizer_is_refused(train, parts, tmp_path):
         ({"data.index": ""}, "data.index is not set", 2),
         ({"data.tail": "drop", "optim.batch_size": 13}, "12", None),
         ({"engine.device": "cuda"}, "no CUDA device", 2),
-        ({"engine.name": "deepspeed"}, "wants the launcher", 2),
     ],
     ids=str,
 )

@@ -278,7 +278,6 @@ def test_where_files_cannot_be_mapped_checkpoints_are_read(train, copied, monkey
     "overrides, message",
     [
         ({"optim__batch_size": 13, "data__tail": "drop"}, "batch_size 13 is more than the 12 images"),
-        ({"engine__name": "deepspeed"}, "wants the launcher"),
         ({"kernels__loss": "triton"}, "kernels.loss=triton"),
         ({"optim__batch_size": 9, "optim__accumulate": 2}, "not a multiple of accumulate 2"),
     ],
