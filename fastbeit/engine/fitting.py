@@ -140,7 +140,7 @@ def dry_step(model: nn.Module, rehearsal: Rehearsal, num_images: int, dtype: tor
     device = next(model.parameters()).device
     others = 0
     if device.type == "cuda":
-        others = torch.cuda.memory_allocated(device) - _bytes_of(model)
+        others = torch.cuda.memory_allocated(device) - bytes_on(device, model)
         torch.cuda.reset_peak_memory_stats(device)
     try:
         _forward_and_backward(model, rehearsal, num_images, dtype, device)
@@ -220,14 +220,16 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _room(model: nn.Module, device: torch.device) -> int:
-    """Bytes for a step on the device: what is free, less the reserve, and what the model has already."""
+    """Bytes for a step on the device: what is free, less the reserve, and what the model has there already."""
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + unused + _bytes_of(model) - RESERVE * total)
+    return int(free + unused + bytes_on(device, model) - RESERVE * total)
 
 
-def _bytes_of(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*map(part_of, model.parameters()), *model.buffers()))
+def bytes_on(device: torch.device, model: nn.Module) -> int:
+    """What a rank holds of the model on its device; weights that are offloaded lie in the host's memory."""
+    held = (*map(part_of, model.parameters()), *model.buffers())
+    return sum(tensor.nbytes for tensor in held if tensor.device.type == device.type)
 
 
 def _gib(num_bytes: int) -> str:

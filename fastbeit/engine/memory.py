@@ -42,7 +42,7 @@ class Footprint:
     saved: int  # an image of a micro-batch
     temporary: int  # likewise
     average: int = 0  # of weights, where one is kept
-    host: int = 0  # of this rank, in the host's memory: what ZeRO offloads
+    host: int = 0  # of this rank, in the host's memory: what ZeRO offloads, with weights also their average
 
     @property
     def static(self) -> int:
@@ -69,6 +69,9 @@ def footprint(
     """
     num_weights = count_weights(config, num_outputs)
     rank = _held(config, num_weights, num_outputs, num_ranks, itemsize)
+    average = _average(config, WEIGHT_BYTES * num_weights, num_ranks)
+    # it lies where the weights lie that it follows
+    average_on_host = average if config.engine.offload == "weights" else 0
     return Footprint(
         weights=rank.weights,
         gradients=rank.gradients,
@@ -77,8 +80,8 @@ def footprint(
         workspace=_workspace(config, num_weights, num_outputs, itemsize),
         saved=_saved(config, itemsize),
         temporary=max(_temporary(config, itemsize), _logits(config, num_outputs, itemsize)),
-        average=_average(config, WEIGHT_BYTES * num_weights, num_ranks),
-        host=rank.host,
+        average=average - average_on_host,
+        host=rank.host + average_on_host,
     )
 
 
@@ -130,6 +133,7 @@ def _num_moments(config: VitConfig, num_weights: int) -> int:
 
 
 def _average(config: VitConfig, weights: int, num_ranks: int) -> int:
+    """Bytes of a rank's part of the averaged weights, wherever it lies."""
     if config.optim.ema_decay is None:
         return 0
     is_shared = config.engine.name == "deepspeed" and config.engine.zero_stage == 3

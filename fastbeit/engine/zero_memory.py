@@ -12,17 +12,19 @@ live: weights that are gathered, in float32, and those ahead also as they travel
 Offloaded, masters, moments and the sum of gradients are the host's, and with `weights` those too.
 
 Read in DeepSpeed 0.19.8 with torch.autocast and AdamW on float32. Not measured, but that stage 3 gathers as many as it
-may: two ranks on a CPU had as many at once as `stage3_max_live_parameters` says, and the persistent ones. What a step
-copies after its backward is left out: the activations, which are more, are gone by then.
+may (two ranks on a CPU had as many at once as `stage3_max_live_parameters` says, and the persistent ones), and the
+buckets of stages 1 and 2, which DeepSpeed's own code allocates in tests/engine/test_memory.py. What a step copies after
+its backward is left out: the activations, which are more, are gone by then.
 """
 
 from dataclasses import dataclass
 
 from fastbeit.config.running import EngineConfig
-from fastbeit.engine.zero_sizes import LIVE, bucket_sizes
+from fastbeit.engine.zero_sizes import LIVE, SHARED_STATE, bucket_sizes
 
 WEIGHT_BYTES = 4  # weights, gradients and moments are float32
 ALL_REDUCED = 500_000_000  # values that stage 0 adds at a time, whatever its configuration says
+BUFFERS = 2  # of a bucket in stages 1 and 2, for `overlap_comm` is on on CUDA: one fills while the other travels
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,19 @@ def held(
 
 
 def _moving(stage: int, num_weights: int, num_ranks: int, itemsize: int) -> int:
-    """Bytes of the buckets."""
+    """Bytes of the buckets, and of what is copied from them during the backward."""
     if stage == 0:
         return WEIGHT_BYTES * min(num_weights, ALL_REDUCED) if num_ranks > 1 else 0
     bucket = bucket_sizes(num_weights, stage)["reduce_bucket_size"]
-    # one for each dtype that gradients travel in; in stages 1 and 2 all are of float32
-    if stage < 3:
-        return (2 if itemsize < WEIGHT_BYTES else 1) * WEIGHT_BYTES * bucket
-    # and a copy of each, in the order of ranks
-    return 2 * (WEIGHT_BYTES + (itemsize if itemsize < WEIGHT_BYTES else 0)) * bucket
+    lower = itemsize if itemsize < WEIGHT_BYTES else 0
+    # a bucket for each dtype that gradients travel in
+    if stage == 3:
+        # one buffer each, overlapping or not, and a copy in the order of ranks
+        return 2 * (WEIGHT_BYTES + lower) * bucket
+    # all buffers are of float32, whatever travels. DeepSpeed copies a full bucket into one tensor, and that into the
+    # dtype that travels, one bucket at a time; a model that fits into one bucket is copied after its backward
+    copied = (WEIGHT_BYTES + lower) * bucket if num_weights > SHARED_STATE else 0
+    return (2 if lower else 1) * BUFFERS * WEIGHT_BYTES * bucket + copied
 
 
 def _live(num_weights: int, itemsize: int) -> int:

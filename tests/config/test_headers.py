@@ -25,8 +25,8 @@ HEADERS = {
     "beit_base_in22k": (IN22K, *H100S),
     "beit_large_in22k": (IN22K, *H100S),
     "beit_base_paper": (IN1K, *H100S),
-    "beit_huge": (IN22K, "h100", (8, 16), ["--ranks", "8"]),
-    "zero_offload": (IN1K, "rtx4080", (1,), ["--ranks", "1", "--cards", "12", "16"]),
+    "beit_huge": (IN22K, *H100S),
+    "zero_offload": (IN1K, "rtx4080", (1, 8, 16), ["--ranks", "1", "--cards", "12", "16"]),
 }
 
 
@@ -67,10 +67,12 @@ def test_memory_and_hours_are_the_planners(name: str, capsys: pytest.CaptureFixt
 
 
 def test_what_the_largest_takes_with_each_engine():
-    told = [f"{one.engine} would take" if one.engine == "ddp" else one.engine for one in rows("beit_huge", 8)]
-    peaks = [f"{one.peak_bytes / 2**30:.1f}" for one in rows("beit_huge", 8)]
-    line = ", ".join(f"{name} {peak}{' GiB' * (name == told[0])}" for name, peak in zip(told, peaks, strict=True))
-    assert f"# Hardware: 8 GPUs of 80 GB. It has not run. Of them {line}." in (CONFIGS / "beit_huge.yaml").read_text()
+    for where, gpus in ("Peak on a card of 8", 8), ("Peak on one alone", 1):
+        ddp, *zero = [f"{one.engine} {one.peak_bytes / 2**30:.1f}" for one in rows("beit_huge", gpus)]
+        assert f"# {where}: {', '.join([f'{ddp} GiB', *zero])}." in (CONFIGS / "beit_huge.yaml").read_text()
+    assert all(one.fits for one in rows("beit_huge", 1))
+    weeks = planned("beit_huge", IN22K, "h100", 1).runs["stored tokens"].hours / (24 * 7)
+    assert round(weeks) == 11 and "takes eleven weeks" in comments("beit_huge")
 
 
 def test_where_offload_is_needed():
@@ -87,12 +89,25 @@ def test_where_offload_is_needed():
 @pytest.mark.parametrize("name", HEADERS)
 def test_its_commands_can_be_typed(name: str):
     found = re.findall(rf"pretrain configs/{name}\.yaml((?:\s+[a-z._]+=\S+)+)", comments(name))
-    assert len(found) == (1 if name == "zero_offload" else 3)
+    assert len(found) == 3
     for settings in found:
-        assert load_config(CONFIGS / f"{name}.yaml", shlex.split(settings)).out.startswith("runs/")
-    engine = load_config(CONFIGS / f"{name}.yaml", []).engine
+        config = load_config(CONFIGS / f"{name}.yaml", shlex.split(settings))
+        # over the most ranks, and so over fewer
+        assert config.out.startswith("runs/") and config.optim.batch_size % max(HEADERS[name][2]) == 0
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_its_commands_are_those_of_the_documents(name: str):
+    documents = " ".join((ROOT / "docs" / "distributed.md").read_text().split())
+    start = r"(?:fastbeit|torchrun|deepspeed) [\s\S]*?pretrain"
+    found = re.findall(rf"(?m)^ {{3}}({start}) configs/{name}\.yaml", comments(name))
+    alone, node, nodes = (" ".join(command.split()) for command in found)
+    assert all(f"{command} CONFIG ..." in documents for command in (alone, node, nodes))
     # DeepSpeed wants a launcher, for one GPU too
-    assert engine.name != "deepspeed" or f"\n   fastbeit pretrain configs/{name}" not in comments(name)
+    is_deepspeed = load_config(CONFIGS / f"{name}.yaml", []).engine.name == "deepspeed"
+    assert alone == ("deepspeed --num_gpus 1 --module fastbeit pretrain" if is_deepspeed else "fastbeit pretrain")
+    assert "--nproc-per-node 8" in node and "--nnodes" not in node and "--nnodes 2" in nodes
+    assert "--node-rank 1 on the second" in comments(name)
 
 
 def test_the_models_are_those_of_the_paper():

@@ -12,6 +12,7 @@ from fastbeit.config.running import EngineConfig
 from fastbeit.config.sections import OptimConfig
 from fastbeit.engine.fitting import (
     Rehearsal,
+    bytes_on,
     dry_step,
     fitting_accumulate,
     next_count,
@@ -170,6 +171,15 @@ def test_an_average_of_the_weights_is_there_already(card):
     rehearsal = Rehearsal(replace(footprint_of(GIB), average=9 * GIB), lambda num_images: (torch.ones(num_images, 4),))
     found = fitting_accumulate(OptimConfig(batch_size=64), ENGINE, rehearsal, Toy(64), card(35 * GIB), None)
     assert found.accumulate == 2 and found.figures["predicted_mib"] == pytest.approx(32 * 1024, rel=1e-3)
+
+
+def test_weights_in_the_hosts_memory_make_no_room_on_the_card(card):
+    model = Toy()
+    assert bytes_on(CPU, model) == (4 * 4 + 4 + 3) * 4 and bytes_on(CUDA, model) == 0
+    for name, value in {"ds_id": 0, "ds_tensor": torch.empty(3 * GIB, dtype=torch.uint8)}.items():
+        setattr(model.linear.weight, name, value)
+    engine = EngineConfig(precision="fp32", name="deepspeed", zero_stage=3, offload="weights")
+    assert "of 33.0 GiB" in fit(card(35 * GIB), model, engine=engine).line
 
 
 def test_small_micro_batches_have_a_hint(card):

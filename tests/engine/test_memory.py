@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from benchmarks.memory import count_step, main, saved_bytes
 from fastbeit.config.finetune import FinetuneConfig
 from fastbeit.config.pretrain import Config
-from fastbeit.config.running import Kernels
+from fastbeit.config.running import EngineConfig, Kernels
 from fastbeit.config.sections import ModelConfig
+from fastbeit.engine.deepspeed_config import zero_section
 from fastbeit.engine.memory import Footprint, count_weights, footprint
+from fastbeit.engine.zero_memory import held
 from fastbeit.engine.zero_sizes import bucket_sizes
 from fastbeit.model.beit import make_beit
 from fastbeit.model.vit import Block
@@ -181,15 +184,40 @@ def test_each_stage_of_zero_shares_more(stage: int, shared: tuple[int, ...]):
 
 
 def test_what_moves_has_the_size_that_deepspeed_is_told():
-    """Buckets of 200 million weights for two dtypes; in stage 3 of 50 million, with a copy; and what is gathered."""
+    """Buckets of 200 million weights for two dtypes, two of each, and a copy in float32 and in bfloat16; in stage 3 one
+    of 50 million for each, with a copy; and what is gathered.
+    """
     share = WEIGHTS_L // 8
-    assert zero(1).optimizer - 4 * share == zero(2).optimizer - 3 * share == 2 * 4 * 200_000_000
+    moving = (2 * 2 * 4 + 4 + 2) * 200_000_000
+    assert zero(1).optimizer - 4 * share == zero(2).optimizer - 3 * share == moving
     assert zero(3).optimizer - 2 * share == 2 * (4 + 2) * 50_000_000
     assert zero(3).weights - share == 4 * 200_000_000 + 2 * 50_000_000
-    # of a model with fewer weights none is larger
-    small = Config.model_validate({"engine": {"name": "deepspeed", "zero_stage": 3}})
+    # of a model with fewer weights none is larger, and the copy comes after the backward
+    small, smaller = (Config.model_validate({"engine": {"name": "deepspeed", "zero_stage": stage}}) for stage in (3, 2))
     whole = 4 * count_weights(small, 8192)
     assert predicted(small, num_ranks=8).weights == whole // 8 + whole + 2 * 50_000_000
+    assert predicted(smaller, num_ranks=8).optimizer == 3 * (whole // 8) + 2 * 2 * whole
+
+
+@pytest.mark.parametrize("itemsize, dtypes", [(2, [torch.float32, torch.bfloat16]), (4, [torch.float32])])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_allocates_the_buckets_that_are_counted(stage: int, itemsize: int, dtypes: list[torch.dtype]):
+    """By its own code, told what fastbeit tells it on CUDA; of so many ranks that nothing else is left of a share."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, IPGBucket
+
+    engine = EngineConfig.model_validate({"name": "deepspeed", "zero_stage": stage})
+    section = zero_section(engine, on_cuda=True) | bucket_sizes(1000, stage)
+    optimizer: Any = SimpleNamespace(
+        **section,
+        ipg_buckets={dtype: IPGBucket() for dtype in dtypes},
+        ready_for_gradients=False,
+        micro_step_id=0,
+        _gradient_reduction_buffer_dtype=lambda: torch.float32,
+    )
+    DeepSpeedZeroOptimizer.setup_buckets(optimizer)
+    allocated = sum(buffer.nbytes for bucket in optimizer.ipg_buckets.values() for buffer in bucket.buffer)
+    sizes = {"num_weights": 1000, "num_moments": 1000, "largest": 100, "num_ranks": 10**6}
+    assert held(engine, **sizes, itemsize=itemsize).optimizer == allocated
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -223,6 +251,10 @@ def test_an_average_of_the_weights_and_muons_single_moment():
     plain, kept = asked(2), asked(2, ema_decay=0.9999)
     assert kept.average == kept.static - plain.static == WEIGHTS_L and plain.average == 0
     assert asked(3, ema_decay=0.9999).average == WEIGHTS_L // 8
+    # a part's average lies where the part lies
+    gone, followed = (zero(3, "weights", optim={"batch_size": 2048, "ema_decay": ema}) for ema in (None, 0.9999))
+    assert followed.static == gone.static and followed.host - gone.host == WEIGHTS_L // 8
+    assert zero(3, "optimizer", optim={"batch_size": 2048, "ema_decay": 0.9999}).average == WEIGHTS_L // 8
     matrices = 24 * (4 * 1024 * 1024 + 2 * 1024 * 4096)
     assert plain.optimizer - asked(2, name="muon").optimizer == 4 * matrices // 8
 

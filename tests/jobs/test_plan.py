@@ -112,6 +112,10 @@ def test_ddp_and_zeros_stages_are_choices_and_what_is_set_is_one_of_them():
         assert plan.engines == plans[0].engines and [one.engine for one in plan.engines] == names
     statics = [one.footprint.static for one in plans[0].engines[1:]]
     assert statics == sorted(statics, reverse=True)
+    # as docs/planning.md says of the buckets
+    for config in (BASE, LARGE):
+        ddp, one, two, three = (choice.peak_bytes for choice in planned(config, 8).engines)
+        assert one > two > ddp > three
     offload = zero(2, "engine.offload=optimizer")
     for settings, name in (zero(0), "ZeRO-0"), (offload, "ZeRO-2, offload"):
         plan = planned(LARGE, 16, "h100", *settings)
