@@ -57,10 +57,10 @@ def test_no_weights_are_shared_out_before_stage_3(monkeypatch):
     world = World(0, 2, CPU, group)
     monkeypatch.setattr(zero, "import_deepspeed", lambda device: pytest.fail("shared out"))
     for stage in range(3):
-        settings = EngineConfig(name="deepspeed", zero_stage=stage)
+        settings = EngineConfig.model_validate({"name": "deepspeed", "zero_stage": stage})
         with building(settings, world):
             assert not shares_weights(settings) and not any_sharded(nn.Linear(2, 3))
-    assert not any(shares_weights(EngineConfig(name=name, zero_stage=3)) for name in ("auto", "single", "ddp"))
+    assert not shares_weights(EngineConfig(name="ddp", zero_stage=3))
     assert shares_weights(stage_3 := EngineConfig(name="deepspeed", zero_stage=3))
     with pytest.raises(pytest.fail.Exception, match="shared out"):
         building(stage_3, world)
