@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbeit.engine.optimizer_state import GROUP, MOMENTS, OF_GROUPS, keys_of, on_host, scalar_as_it_was
+from fastbeit.engine.optimizer_state import MOMENTS, keys_of, on_host, scalar_as_it_was
 from fastbeit.engine.sharded import cut, is_sharded, shape_of
 from fastbeit.engine.streamed import Streamed
 
@@ -54,10 +54,8 @@ def read_shared_state(model: nn.Module, optimizer: Any) -> dict[str, Tensor | St
 
         return Streamed(tuple(shape_of(parameter)), torch.float32, read)
 
-    inner = optimizer.optimizer
-    known = inner.state[partitions(optimizer)[0]]
-    scalars = {GROUP + key: inner.param_groups[0][key] for key in OF_GROUPS if key in inner.param_groups[0]}
-    scalars |= {key: value for key, value in known.items() if key not in MOMENTS}
+    known = optimizer.optimizer.state[partitions(optimizer)[0]]
+    scalars = {key: value for key, value in known.items() if key not in MOMENTS}
     state: dict[str, Tensor | Streamed] = {}
     for name, parameter in model.named_parameters():
         state |= {f"{key}.{name}": on_host(value).clone() for key, value in scalars.items()}
@@ -81,12 +79,9 @@ def write_shared_state(model: nn.Module, optimizer: Any, state: Mapping[str, Ten
                 raise RuntimeError(f"{key}.{name} is of shape {list(value.shape)}, wanted {list(shape_of(parameter))}")
             else:
                 _write(parameter, key, value, rank)
-    inner = optimizer.optimizer
     for partition in partitions(optimizer):
         own = {key: scalar_as_it_was(value, partition.device) for key, value in scalars.items()}
-        inner.state[partition] |= {key: value for key, value in own.items() if not key.startswith(GROUP)}
-    for group in inner.param_groups:
-        group |= {key.removeprefix(GROUP): value.item() for key, value in scalars.items() if key.startswith(GROUP)}
+        optimizer.optimizer.state[partition] |= own
 
 
 def _write(parameter: nn.Parameter, key: str, value: Tensor, rank: int) -> None:

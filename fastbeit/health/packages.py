@@ -16,6 +16,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from fastbeit.config.pretrain import Config
 from fastbeit.engine.apex import why_no_apex
 from fastbeit.engine.protocol import compute_dtype
+from fastbeit.engine.zero import FLOOR
 from fastbeit.health.finding import Finding, told
 from fastbeit.model.attention import check_attention
 
@@ -23,8 +24,8 @@ Wrong = tuple[str, str]  # why, and how to get it; the latter may be empty: as i
 
 STALE_S = 600  # age of a lock that no compilation still holds; DeepSpeed's longest takes some minutes
 
-# as in pyproject.toml
-LEAST = {"torch": (2, 11), "triton": (3, 6), "deepspeed": (0, 19), "numpy": (1, 26), "safetensors": (0, 5)}
+# as in pyproject.toml, and of DeepSpeed what a training refuses too
+LEAST = {"torch": (2, 11), "triton": (3, 6), "deepspeed": FLOOR, "numpy": (1, 26), "safetensors": (0, 5)}
 HOW_TO_GET = {
     "torch": "pip install 'torch>=2.11', of the build for your CUDA: https://pytorch.org/get-started/locally",
     "triton": "pip install 'triton>=3.6' (Linux)",
@@ -64,9 +65,9 @@ def is_there(name: str) -> bool:
 
 
 def too_old(name: str, found: str) -> Wrong | None:
-    least = LEAST.get(name)
-    numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
-    if least and numbers and numbers < least:
+    least = LEAST.get(name, ())
+    numbers = tuple(map(int, re.findall(r"\d+", found)[: len(least)]))
+    if numbers and numbers < least:
         return f"older than {'.'.join(map(str, least))}", ""
     return None
 

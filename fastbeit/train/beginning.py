@@ -6,6 +6,7 @@ import torch
 
 from fastbeit.config.running import EngineConfig
 from fastbeit.engine.protocol import compiles, compute_dtype
+from fastbeit.engine.sharded import shares_weights
 from fastbeit.errors import RunError
 from fastbeit.model.kernels import Before
 from fastbeit.train.checkpoint import find_checkpoint, load_state
@@ -23,6 +24,8 @@ def kernels_before(folder: Path) -> Before | None:
 def how(engine: EngineConfig, device: torch.device) -> str:
     """A line of what is compiled, and of the precision."""
     compiled = "each block" if compiles(engine, device) else "nothing"
-    why = f"auto: on {device.type}" if engine.compile == "auto" else "as set"
+    why = "as set"
+    if engine.compile == "auto":
+        why = "auto: ZeRO-3 gathers weights in hooks" if shares_weights(engine) else f"auto: on {device.type}"
     precision = str(compute_dtype(engine, device)).removeprefix("torch.")
     return f"compiled: {compiled} ({why}); activations in {precision}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -55,12 +56,40 @@ def test_what_is_offloaded_is_said():
 
 
 def test_deepspeed_takes_every_key_that_a_user_may_set():
-    """DeepSpeed itself ignores unknown keys of the top level; in a section it refuses them."""
+    """DeepSpeed itself ignores unknown keys of the top level and of flops_profiler; elsewhere it refuses them."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig as Optimizer
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig as Weights
 
-    fields = DeepSpeedZeroConfig.model_fields
-    known = {*fields, *(field.alias for field in fields.values())}
-    assert FREE["zero_optimization"].keys() <= known
+    read = set()
+
+    class Given(dict):
+        """Writes down which keys are read."""
+
+        def __getitem__(self, key):
+            read.add(key)
+            return super().__getitem__(key)
+
+        def get(self, key, default=None):
+            read.add(key)
+            return super().get(key, default)
+
+    values = {dict: {}, str: "fp32", bool: True, int: 1, float: 1.0}
+    DeepSpeedConfig(Given({"train_batch_size": 1} | {key: values[kind] for key, kind in FREE[""].items()}))
+    assert FREE[""].keys() <= read
+    profiler: Any = DeepSpeedFlopsProfilerConfig({})
+    assert FREE["flops_profiler"].keys() <= vars(profiler).keys()
+    for place, section in (
+        ("comms_logger", CommsLoggerConfig),
+        ("zero_optimization", DeepSpeedZeroConfig),
+        ("zero_optimization.offload_optimizer", Optimizer),
+        ("zero_optimization.offload_param", Weights),
+    ):
+        fields = section.model_fields
+        assert FREE[place].keys() <= {*fields, *(field.alias for field in fields.values())}
 
 
 def test_a_users_keys_are_merged(with_json):

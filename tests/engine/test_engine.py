@@ -20,6 +20,10 @@ def single_process() -> list[str]:
     return [sys.executable, "-m"]
 
 
+def one_by_torchrun() -> list[str]:
+    return torchrun(1)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("engines")
@@ -69,6 +73,12 @@ def single(run) -> Path:
             marks=pytest.mark.long,
         ),
         pytest.param(
+            one_by_torchrun,
+            ["engine.name=deepspeed", "engine.zero_stage=2", "engine.offload=optimizer"],
+            id="zero2-offload-alone",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             deepspeed,
             ["engine.name=deepspeed", "engine.zero_stage=2", "engine.compile=on"],
             id="zero2-compiled",
@@ -82,7 +92,7 @@ def single(run) -> Path:
         ),
     ],
 )
-def test_two_ranks_train_as_one(run, single, launcher, overrides, tmp_path):
+def test_ranks_train_as_one(run, single, launcher, overrides, tmp_path):
     """Loss of each of 10 steps, then a resume in the middle, then the weights and moments at the end."""
     name = "-".join([launcher.__name__, *overrides])
     out = run(name, launcher, "optim.steps=10", "log.save_every=5", *overrides)

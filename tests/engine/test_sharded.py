@@ -8,8 +8,18 @@ import torch
 from torch import nn
 
 from fastbeit.config.running import EngineConfig
+from fastbeit.engine import zero
 from fastbeit.engine.ranks import World
-from fastbeit.engine.sharded import any_sharded, count_weights, cut, load_state, part_of, shape_of, whole
+from fastbeit.engine.sharded import (
+    any_sharded,
+    count_weights,
+    cut,
+    load_state,
+    part_of,
+    shape_of,
+    shares_weights,
+    whole,
+)
 from fastbeit.engine.zero import building, import_deepspeed
 from fastbeit.errors import RunError
 
@@ -41,11 +51,19 @@ def test_what_is_whole_stays_as_it_is():
         load_state(model, {"weight": torch.ones(3, 2)})
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-def test_no_weights_are_shared_out_before_stage_3(zero_stage):
-    settings = EngineConfig(name="deepspeed", zero_stage=zero_stage)
-    with building(settings, World(0, 1, CPU)):
-        assert not any_sharded(nn.Linear(2, 3))
+def test_no_weights_are_shared_out_before_stage_3(monkeypatch):
+    """Nor is DeepSpeed imported to build such a model."""
+    group: Any = object()
+    world = World(0, 2, CPU, group)
+    monkeypatch.setattr(zero, "import_deepspeed", lambda device: pytest.fail("shared out"))
+    for stage in range(3):
+        settings = EngineConfig.model_validate({"name": "deepspeed", "zero_stage": stage})
+        with building(settings, world):
+            assert not shares_weights(settings) and not any_sharded(nn.Linear(2, 3))
+    assert not shares_weights(EngineConfig(name="ddp", zero_stage=3))
+    assert shares_weights(stage_3 := EngineConfig(name="deepspeed", zero_stage=3))
+    with pytest.raises(pytest.fail.Exception, match="shared out"):
+        building(stage_3, world)
 
 
 @pytest.mark.parametrize(

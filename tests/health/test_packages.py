@@ -1,6 +1,7 @@
 """What the doctor says of a package: whatever its import does, a line."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -87,10 +88,23 @@ def test_nvidias_apex_runs_when_its_extensions_were_built(site):
     assert look("apex") == Finding("apex", "runs", "0.1")
 
 
-def test_an_old_release_is_told(site):
+def test_an_old_release_is_told():
     assert packages.too_old("torch", "2.10.1+cu128") == ("older than 2.11", "")
     assert packages.too_old("torch", "2.11.0") is None
     assert packages.too_old("torch", "3.0") is None
+    # of DeepSpeed the third number counts
+    assert packages.too_old("deepspeed", "0.19.3") == ("older than 0.19.4", "")
+    assert packages.too_old("deepspeed", "0.19.4+cpu") is None
+    assert packages.too_old("deepspeed", "0.20") is None
+    assert packages.too_old("wandb", "0.1") is None
+
+
+def test_what_is_too_old_is_what_pyproject_refuses():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    for name, least in packages.LEAST.items():
+        wanted = f"{name}>={'.'.join(map(str, least))}"
+        assert re.search(rf"\"{re.escape(wanted)}[;\"]", project), wanted
+        assert f"{wanted}'" in packages.HOW_TO_GET[name]
 
 
 def test_a_lock_that_nobody_holds_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,7 @@
 
     torchrun ... -m helpers.parity ENGINE FILE        # ENGINE: ddp, or the number of a ZeRO stage
 
-Run in one process without a launcher, `ENGINE` single, it gives what the others are compared with.
+`run` in one process without a launcher, engine single, gives what the others are compared with.
 """
 
 import itertools
@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,8 +29,8 @@ from fastbeit.train.loop import micro_batches
 from fastbeit.train.optim import make_optimizer
 
 SIZES = ModelConfig(width=32, depth=3, num_heads=2, mlp_width=64, patch_size=(8, 8), drop_path=0)
-NUM_IMAGES, NUM_STEPS, SLOTS = 8, 10, 6
-VOCAB = 33  # odd: the last part of what ranks share out is shorter
+NUM_IMAGES, NUM_STEPS, SLOTS = 12, 10, 6  # whole micro-batches on 1, 2 and 3 ranks
+VOCAB = 35  # neither even nor a multiple of 3: the last part of what ranks share out is shorter
 POISONED, GIVEN_BACK = 3, 6  # steps
 WAYS = [*itertools.product(("fp32", "bf16"), (1, 2), (False, True))]  # precision, micro-batches, checkpointed blocks
 
@@ -91,6 +92,10 @@ def run(settings: EngineConfig, accumulate: int, world: World) -> tuple[dict[str
     load_state(model, weights())
     optimizer = make_optimizer(model, optim)
     engine = make_engine(settings, optim, model, optimizer, world, accumulate)
+    if shares_weights(settings):
+        parameters: list[Any] = list(model.parameters())
+        # of parameters shared out, vectors stay whole between steps where `settings_of` asks for it
+        assert {p.ds_persist for p in parameters} == ({False} if accumulate == 1 else {False, True})
     gradients, losses = {}, []
     share = slice(world.rank * NUM_IMAGES // world.size, (world.rank + 1) * NUM_IMAGES // world.size)
 
@@ -130,11 +135,12 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return found.detach().float().cpu().clone()
 
 
-def settings_of(engine: str, precision: str, checkpoint_blocks: bool) -> EngineConfig:
+def settings_of(engine: str, precision: str, accumulate: int, checkpoint_blocks: bool) -> EngineConfig:
     zero = {"name": "deepspeed", "zero_stage": int(engine)} if engine.isdecimal() else {"name": engine}
     if engine == "3":
-        # by themselves all tensors of so small a model would stay whole
-        zero["deepspeed_config"] = str(Path(__file__).with_name("parity_zero3.json"))
+        # by themselves all tensors of so small a model would stay whole; here none does, or only vectors
+        kept = "nothing" if accumulate == 1 else "vectors"
+        zero["deepspeed_config"] = str(Path(__file__).with_name(f"parity_zero3_{kept}.json"))
     common = {"device": "cpu", "precision": precision, "checkpoint_blocks": checkpoint_blocks}
     return EngineConfig.model_validate(zero | common)
 
@@ -143,16 +149,18 @@ def run_all(engine: str, world: World) -> tuple[dict[str, Tensor], dict[str, lis
     """Gradients and losses of each way, by `WAY/NAME` and by way."""
     gradients, losses = {}, {}
     for way in WAYS:
-        precision, accumulate, checkpoint_blocks = way
+        _, accumulate, _ = way
         name = "-".join(map(str, way))
-        found, losses[name] = run(settings_of(engine, precision, checkpoint_blocks), accumulate, world)
+        found, losses[name] = run(settings_of(engine, *way), accumulate, world)
         gradients |= {f"{name}/{key}": value for key, value in found.items()}
     return gradients, losses
 
 
 def main() -> None:
     engine, path = sys.argv[1:]
-    world = start_world(settings_of(engine, "fp32", False))
+    # as torchrun has it where there are several ranks
+    torch.set_num_threads(1)
+    world = start_world(settings_of(engine, *WAYS[0]))
     gradients, losses = run_all(engine, world)
     if world.rank == 0:
         save_file(gradients, path)

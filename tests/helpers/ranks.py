@@ -14,8 +14,8 @@ def deepspeed() -> list[str]:
     return ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module"]
 
 
-def torchrun() -> list[str]:
-    return ["torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
+def torchrun(num_ranks: int = 2) -> list[str]:
+    return ["torchrun", "--standalone", "--nproc-per-node", str(num_ranks), "-m"]
 
 
 def srun(*options: str) -> list[str]:
