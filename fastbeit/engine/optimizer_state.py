@@ -18,14 +18,14 @@ NUMBERS = {torch.int64: int, torch.float64: float}
 
 
 def read_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """On the host; nothing before the first step."""
+    """Where it lies, not copied; nothing before the first step."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {}
     for group in optimizer.param_groups:
         of_group = {GROUP + key: group[key] for key in OF_GROUPS if key in group}
         for parameter in group["params"]:
             for key, value in (of_group | optimizer.state[parameter]).items():
-                found[f"{key}.{names[parameter]}"] = on_host(value)
+                found[f"{key}.{names[parameter]}"] = as_tensor(value)
     return found
 
 
@@ -57,9 +57,9 @@ def keys_of(state: Iterable[str]) -> dict[str, list[str]]:
     return keys
 
 
-def on_host(value: Any) -> Tensor:
+def as_tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach()
     return torch.tensor(value, dtype=next(dtype for dtype, kind in NUMBERS.items() if type(value) is kind))
 
 

@@ -53,7 +53,7 @@ class Engine(Protocol):
 
     def optimizer_state(self) -> Tensors:
         """What the optimizer remembers of each parameter, by its key and the parameter's name, and the loss scale if
-        there is one: on the host, or read when it is asked for. All ranks must call it."""
+        there is one: not copied, or read when it is asked for. All ranks must call it."""
         ...
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None: ...

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbeit.engine.optimizer_state import MOMENTS, keys_of, on_host, scalar_as_it_was
+from fastbeit.engine.optimizer_state import MOMENTS, as_tensor, keys_of, scalar_as_it_was
 from fastbeit.engine.sharded import cut, is_sharded, shape_of
 from fastbeit.engine.streamed import Streamed
 
@@ -58,7 +58,7 @@ def read_shared_state(model: nn.Module, optimizer: Any) -> dict[str, Tensor | St
     scalars = {key: value for key, value in known.items() if key not in MOMENTS}
     state: dict[str, Tensor | Streamed] = {}
     for name, parameter in model.named_parameters():
-        state |= {f"{key}.{name}": on_host(value).clone() for key, value in scalars.items()}
+        state |= {f"{key}.{name}": as_tensor(value).clone() for key, value in scalars.items()}
         state |= {f"{key}.{name}": moment(parameter, key) for key in MOMENTS}
     return state
 

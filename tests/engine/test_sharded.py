@@ -78,3 +78,18 @@ def test_a_deepspeed_with_wrong_gradients_is_refused(monkeypatch, version, is_ol
         return
     with pytest.raises(RunError, match=r"wants DeepSpeed 0\.19\.4 or newer, found 0\.19\.3"):
         import_deepspeed(CPU)
+
+
+def test_what_a_user_adds_holds_where_the_model_is_made(monkeypatch, tmp_path):
+    """Some of DeepSpeed's keys are read there alone."""
+    import deepspeed
+
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage3_allgather_sequential": true}}')
+    settings = EngineConfig(name="deepspeed", zero_stage=3, deepspeed_config=str(tmp_path / "ds.json"))
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(deepspeed.zero, "Init", lambda config_dict_or_path: given.append(config_dict_or_path))
+    building(settings, World(0, 1, CPU))
+    zero = given[0]["zero_optimization"]
+    assert zero["stage3_allgather_sequential"] is True and zero["stage"] == 3
+    # it decides that weights are float32
+    assert "bf16" not in given[0] and "fp16" not in given[0]

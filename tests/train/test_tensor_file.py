@@ -2,14 +2,23 @@
 
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from fastbeit.config.pretrain import Config
+from fastbeit.config.read import configure
+from fastbeit.engine.ranks import World
 from fastbeit.engine.streamed import Streamed, in_order, take_part
+from fastbeit.errors import RunError
+from fastbeit.train.checkpoint import Saver, save_checkpoint
+from fastbeit.train.ema import Average
 from fastbeit.train.tensor_file import NAMES, Renamed, TensorFile, write_tensors
+from helpers.ranks_in_threads import of_each_rank
 
 DTYPES = [*NAMES]
 
@@ -78,3 +87,40 @@ def test_names_are_changed(tmp_path):
     save_file({"average.a": torch.ones(2), "a": torch.zeros(2)}, tmp_path / "file")
     found = Renamed(TensorFile(tmp_path / "file"), {"a": "average.a"})
     assert dict(found).keys() == {"a"} and found["a"].sum() == 2 and len(found) == 1
+
+
+def test_all_is_read_where_the_disk_fails(tmp_path):
+    """Each read is a collective: a rank that stopped would leave the others waiting for it."""
+    asked = []
+
+    def streamed(name: str) -> Streamed:
+        return Streamed((3,), torch.float32, lambda: asked.append(name) or torch.zeros(3))
+
+    def names(*prefixes: str) -> dict[str, Streamed]:
+        return {name: streamed(name) for prefix in prefixes for name in (f"{prefix}1", f"{prefix}2")}
+
+    with pytest.raises(OSError):
+        write_tensors(tmp_path / "nowhere/file", names("a"))
+    assert asked == ["a1", "a2"]
+    asked.clear()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="cannot be written"):
+        save_checkpoint(tmp_path / "file", 1, names("m"), names("o"), {})
+    assert asked == ["m1", "m2", "o1", "o2"]
+
+
+def test_a_full_disk_is_told_to_all_ranks(tmp_path):
+    """Rank 0 alone writes; the others would go on, or wait for it."""
+    (tmp_path / "checkpoints").write_text("in the way")
+    config = configure(Config, [])
+
+    def save(world: World) -> str:
+        saver = Saver.__new__(Saver)
+        vars(saver).update(world=world, folder=tmp_path / "checkpoints", origin={}, config=config)
+        model = nn.Linear(2, 2)
+        engine = SimpleNamespace(optimizer_state=dict)
+        with pytest.raises(RunError, match="checkpoint of step 3 cannot be written") as caught:
+            saver.save(3, engine, model, Average(model, None), {})  # pyright: ignore[reportArgumentType]
+        return str(caught.value.exit_code)
+
+    assert of_each_rank(3, save) == ["74"] * 3
