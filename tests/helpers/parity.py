@@ -29,7 +29,8 @@ from fastbeit.train.loop import micro_batches
 from fastbeit.train.optim import make_optimizer
 
 SIZES = ModelConfig(width=32, depth=3, num_heads=2, mlp_width=64, patch_size=(8, 8), drop_path=0)
-NUM_IMAGES, NUM_STEPS, SLOTS = 12, 10, 6  # whole micro-batches on 1, 2 and 3 ranks
+NUM_IMAGES, SLOTS = 12, 6  # whole micro-batches on 1, 2 and 3 ranks
+NUM_STEPS, NUM_BATCHES = 10, 3  # the last step has the batch of the first
 VOCAB = 35  # neither even nor a multiple of 3: the last part of what ranks share out is shorter
 POISONED, GIVEN_BACK = 3, 6  # steps
 WAYS = [*itertools.product(("fp32", "bf16"), (1, 2), (False, True))]  # precision, micro-batches, checkpointed blocks
@@ -69,9 +70,9 @@ def weights() -> dict[str, Tensor]:
     return {name: one + 0.1 * noise[name] if name in noise else one for name, one in state.items()}
 
 
-def batch(step: int) -> tuple[Tensor, ...]:
+def batch(number: int) -> tuple[Tensor, ...]:
     """Images with other numbers of labels each, so that ranks and micro-batches have other shares of the loss."""
-    random = torch.Generator().manual_seed(step)
+    random = torch.Generator().manual_seed(number)
     images = torch.randint(0, 256, (NUM_IMAGES, 32, 32, 3), dtype=torch.uint8, generator=random)
     slots = torch.stack([torch.randperm(16, generator=random)[:SLOTS] for _ in range(NUM_IMAGES)])
     targets = torch.randint(0, VOCAB, (NUM_IMAGES, SLOTS), generator=random)
@@ -106,7 +107,7 @@ def run(settings: EngineConfig, accumulate: int, world: World) -> tuple[dict[str
         return world.add(total) / count
 
     for step in range(NUM_STEPS):
-        tensors = batch(step)
+        tensors = batch(step % NUM_BATCHES)
         count = (tensors[3] != -100).sum()
         if step == POISONED:
             # infinite gradients on one rank: all skip the step
