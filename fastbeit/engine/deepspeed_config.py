@@ -14,6 +14,8 @@ from fastbeit.engine.zero_sizes import bucket_sizes
 from fastbeit.errors import ConfigError
 
 MAX_JSON_BYTES = 1 << 20
+# of which ranks exchange weights and gradients in the precision of activations; DeepSpeed's own choice
+TRAVEL_IN_16_BITS = ["torch.nn.Linear", "torch.nn.Conv1d", "torch.nn.Conv2d", "torch.nn.Conv3d"]
 NEVER = 1 << 31  # steps
 
 # What fastbeit decides, by where it is decided.
@@ -114,8 +116,13 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulate,
         # of stage 0 fastbeit clips, and skips what is not finite; 0: DeepSpeed does not
         "gradient_clipping": optim.clip_grad if settings.zero_stage else 0.0,
-        "torch_autocast": {"enabled": dtype != torch.float32, "dtype": str(dtype).removeprefix("torch.")},
-        # weights are float32, and activations autocast's; ZeRO then always checks that a gradient is finite
+        "torch_autocast": {
+            "enabled": dtype != torch.float32,
+            "dtype": str(dtype).removeprefix("torch."),
+            "lower_precision_safe_modules": TRAVEL_IN_16_BITS,
+        },
+        # off: weights are float32, and activations autocast's. ZeRO then looks at the norm of the float32 gradients, and
+        # skips a step in which it is not finite
         "bf16": {"enabled": False, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "zero_optimization": zero_section(settings, on_cuda) | bucket_sizes(num_weights, settings.zero_stage),

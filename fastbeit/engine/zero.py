@@ -24,7 +24,9 @@ from fastbeit.engine.streamed import Tensors
 from fastbeit.engine.update import clip_and_step
 from fastbeit.errors import USAGE, ConfigError, RunError
 
-FLOOR = (0, 19, 4)  # before it gradients were wrong without a word: its issues 7718, 8224, 7985, 7839
+# before it a step with infinite gradients was taken, as fastbeit has weights in float32; before 0.19.4 gradients were
+# wrong without a word: its issues 7718, 8224, 7985, 7839
+FLOOR = (0, 19, 8)
 
 
 class DeepSpeedEngine:
@@ -149,7 +151,7 @@ def import_deepspeed(device: torch.device) -> Any:
         wanted = ".".join(map(str, FLOOR))
         raise RunError(
             f"engine.name=deepspeed wants DeepSpeed {wanted} or newer, found {deepspeed.__version__}: older ones "
-            "computed wrong gradients; pip install --upgrade deepspeed",
+            "compute wrong gradients, or take steps that should be skipped; pip install --upgrade deepspeed",
             USAGE,
         )
     deepspeed.utils.logger.setLevel("WARNING")

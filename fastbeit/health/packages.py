@@ -29,7 +29,7 @@ LEAST = {"torch": (2, 11), "triton": (3, 6), "deepspeed": FLOOR, "numpy": (1, 26
 HOW_TO_GET = {
     "torch": "pip install 'torch>=2.11', of the build for your CUDA: https://pytorch.org/get-started/locally",
     "triton": "pip install 'triton>=3.6' (Linux)",
-    "deepspeed": "pip install 'deepspeed>=0.19.4' (Linux); only engine.name=deepspeed wants it",
+    "deepspeed": "pip install 'deepspeed>=0.19.8' (Linux); only engine.name=deepspeed wants it",
     "xformers": "pip install xformers, of the release that was built for your PyTorch; only "
     "kernels.attention=xformers wants it",
     "nvidia.dali": f"pip install 'nvidia-dali-cuda{'120' if (torch.version.cuda or '').startswith('12') else '130'}"

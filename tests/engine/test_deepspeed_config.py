@@ -40,7 +40,7 @@ def test_what_deepspeed_would_decide_otherwise_is_written(stage):
     # of stage 0 the gradients are whole, and fastbeit clips them
     assert config["gradient_clipping"] == (3.0 if stage else 0.0)
     assert made(stage, clip=0)["gradient_clipping"] == 0.0
-    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert config["torch_autocast"].items() >= {"enabled": True, "dtype": "bfloat16"}.items()
     assert config["bf16"]["check_grad_overflow"] is True and config["zero_force_ds_cpu_optimizer"] is False
     zero = config["zero_optimization"]
     assert zero["stage"] == stage and "offload_optimizer" not in zero and "offload_param" not in zero

@@ -93,8 +93,8 @@ def test_an_old_release_is_told():
     assert packages.too_old("torch", "2.11.0") is None
     assert packages.too_old("torch", "3.0") is None
     # of DeepSpeed the third number counts
-    assert packages.too_old("deepspeed", "0.19.3") == ("older than 0.19.4", "")
-    assert packages.too_old("deepspeed", "0.19.4+cpu") is None
+    assert packages.too_old("deepspeed", "0.19.7") == ("older than 0.19.8", "")
+    assert packages.too_old("deepspeed", "0.19.8+cpu") is None
     assert packages.too_old("deepspeed", "0.20") is None
     assert packages.too_old("wandb", "0.1") is None
 
