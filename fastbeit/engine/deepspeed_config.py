@@ -121,7 +121,7 @@ def deepspeed_config(
             "dtype": str(dtype).removeprefix("torch."),
             "lower_precision_safe_modules": TRAVEL_IN_16_BITS,
         },
-        # off: weights are float32, and activations autocast's. ZeRO then looks at the norm of the float32 gradients, and
+        # off: weights are float32, and activations autocast's. ZeRO then looks at the norm of float32 gradients, and
         # skips a step in which it is not finite
         "bf16": {"enabled": False, "check_grad_overflow": True},
         "fp16": {"enabled": False},

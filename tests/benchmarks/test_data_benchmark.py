@@ -20,6 +20,7 @@ from fastbeit.data.index.scan import build_index
 from fastbeit.data.plans import Plans
 from fastbeit.data.sampling import draw_crops
 from helpers import photos, tiny
+from helpers.waiting import PATIENCE_S
 
 
 def seeded(seed):
@@ -146,8 +147,8 @@ def indexes(tmp_path_factory):
     return folder
 
 
-def run(folder, *args):
-    done = tiny.run(*args, "--json", str(folder / "found.json"), module="benchmarks.data")
+def run(folder, *args, **options):
+    done = tiny.run(*args, "--json", str(folder / "found.json"), module="benchmarks.data", **options)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "found.json").read_text()), done.stdout
 
@@ -239,7 +240,8 @@ def test_a_short_run_has_every_row(tmp_path):
 
 @pytest.mark.long
 def test_a_whole_run_has_every_contestant(tmp_path):
-    found, _ = run(tmp_path, *FEW)
+    # minutes of work, alone
+    found, _ = run(tmp_path, *FEW, patience_s=6 * PATIENCE_S)
     assert list(found)[-len(benchmark.PARTS) - 1 :] == [*benchmark.PARTS, "aims"]
     works = {
         "photos": {("decode", "off"), *((work, j) for work in ("one view", "two views") for j in benchmark.JITTERS)},

@@ -35,6 +35,6 @@ def started(command: list, **options: Any) -> Iterator[subprocess.Popen]:
             process.kill()
 
 
-def finished(command: list, **options: Any) -> subprocess.CompletedProcess[str]:
+def finished(command: list, patience_s: float = PATIENCE_S, **options: Any) -> subprocess.CompletedProcess[str]:
     """A process that has ended, and what it said."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=patience_s, **options)
