@@ -34,6 +34,15 @@ def shape_of(parameter: Tensor) -> torch.Size:
     return torch.Size(shards.ds_shape) if is_sharded(parameter) else parameter.shape
 
 
+def check_shape(name: str, value: Tensor, parameter: Tensor) -> None:
+    """
+    Raises:
+        RuntimeError: the value is not of the whole parameter's shape.
+    """
+    if value.shape != shape_of(parameter):
+        raise RuntimeError(f"{name} is of shape {list(value.shape)}, wanted {list(shape_of(parameter))}")
+
+
 def count_weights(model: nn.Module) -> int:
     return sum(shape_of(parameter).numel() for parameter in model.parameters())
 
@@ -106,8 +115,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise RuntimeError(f"{missing[0]} is in one of model and file only")
     for name, parameter in model.named_parameters():
         value = state[name]
-        if value.shape != shape_of(parameter):
-            raise RuntimeError(f"{name} is of shape {list(value.shape)}, wanted {list(shape_of(parameter))}")
+        check_shape(name, value, parameter)
         with whole([parameter], written=True):
             parameter.copy_(value)
     for name, buffer in model.named_buffers():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbeit.engine.optimizer_state import MOMENTS, as_tensor, keys_of, scalar_as_it_was
-from fastbeit.engine.sharded import cut, is_sharded, shape_of
+from fastbeit.engine.sharded import check_shape, cut, is_sharded, shape_of
 from fastbeit.engine.streamed import Streamed
 
 
@@ -75,9 +75,8 @@ def write_shared_state(model: nn.Module, optimizer: Any, state: Mapping[str, Ten
             value = state[f"{key}.{name}"]
             if not value.ndim:
                 scalars[key] = value
-            elif value.shape != shape_of(parameter):
-                raise RuntimeError(f"{key}.{name} is of shape {list(value.shape)}, wanted {list(shape_of(parameter))}")
             else:
+                check_shape(f"{key}.{name}", value, parameter)
                 _write(parameter, key, value, rank)
     for partition in partitions(optimizer):
         own = {key: scalar_as_it_was(value, partition.device) for key, value in scalars.items()}

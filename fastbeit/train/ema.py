@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastbeit.engine.sharded import any_sharded, cut, is_sharded, joined, part_of, shape_of, streamed
+from fastbeit.engine.sharded import any_sharded, check_shape, cut, is_sharded, joined, part_of, streamed
 from fastbeit.engine.streamed import Streamed
 from fastbeit.train.tensor_file import Renamed
 
@@ -85,6 +85,6 @@ class Average:
         if self._model:
             self._model.load_state_dict(dict(mine))
         for name, parameter in self.source.named_parameters() if self._parts else ():
-            if mine[name].shape != shape_of(parameter):
-                raise RuntimeError(f"{name} is of shape {list(mine[name].shape)}, wanted {list(shape_of(parameter))}")
-            self._parts[name].copy_(cut(mine[name], parameter, rank) if is_sharded(parameter) else mine[name])
+            value = mine[name]
+            check_shape(name, value, parameter)
+            self._parts[name].copy_(cut(value, parameter, rank) if is_sharded(parameter) else value)

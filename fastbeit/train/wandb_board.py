@@ -89,7 +89,8 @@ class WandbBoard:
     def _as_an_extra(self) -> Iterator[None]:
         try:
             yield
-        except Exception as err:  # of whatever kind, as for TensorBoard
+        except Exception as err:
+            # the package's errors have no common kind, and an extra never ends a training
             self._run = None
             what = (str(err) or type(err).__name__).splitlines()[0]
             self._say(f"no Weights & Biases from here on: {what}; wandb sync sends what is left in '{self._folder}'")
