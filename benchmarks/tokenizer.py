@@ -151,7 +151,7 @@ def open_random_cache(folder: Path) -> TokenCache:
     facts: Row = dict(num_images=CACHED_IMAGES, views=1, grid=GRID, token_size=VIEW, vocab_size=8192)
     recipe = Recipe(
         **facts, seed=0, index="", crop_scale=(0.08, 1), crop_ratio=(0.75, 1.33), flip=0.5, jitter=0.4,
-        jitter_on="", image_size=(224, 224), pipeline="", tokenizer="",
+        jitter_on="", image_size=(224, 224), levels="high_byte", pipeline="", tokenizer="",
     )  # fmt: skip
     card = Card(format=FORMAT, recipe=recipe, precision="fp32", chunk_rows=1, command="")
     view = np.memmap(view_path(folder, 0), "<u2", "r", len(header), tokens.shape)
