@@ -169,8 +169,8 @@ def tokenizer(results: Results) -> list[list[str]]:
             f"{command} --only encode",
         ],
         [
-            "its memory for 128 images over the package's, counted: 32 at a time, as on a GPU / one, as on a CPU",
-            f"{memory('32'):.3f} / {memory('1'):.3f}",
+            "its memory for 128 images over the package's, counted: 64 at a time, as on a GPU / one, as on a CPU",
+            f"{memory('64'):.3f} / {memory('1'):.3f}",
             f"{command} --only memory",
         ],
         [
